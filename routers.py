@@ -1,0 +1,232 @@
+"""Three routers for a sparse mixture of experts, side by side.
+
+A router looks at one hidden state per token and sends the token to the top_k best of n_expert experts.
+Every router here is the same four verbs in the same order:
+
+    score     how well does each expert fit each token?            (N, C) -> (N, E)
+    select    which K experts does the token go to?                (N, E) -> (N, K)
+    gate      how much does each of the K count? (sums to 1)       (N, K)
+    update    once after each optimizer step: move what no gradient moves
+
+They differ in where the scores come from and in what keeps the load even:
+
+    router    scores                       balanced by
+    aux       learned rows r_i             a loss on uneven load, whose gradient reaches every row
+    lossfree  learned rows r_i             a bias b_i that takes part in the selection only
+    kmeans    centroids c_i, not learned   the same bias
+    none      learned rows r_i             nothing: the control that shows collapse
+
+Shapes: N tokens, C = n_embd, E = n_expert, K = top_k.
+Source: "Routers Learn the Geometry of Their Experts", arXiv 2605.12476. What its summaries leave open
+(gates, loss coefficient, step sizes) is this project's choice: see model.Config and README.md."""
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    indices: Tensor   # (N, K) int64: the experts of each token, best first
+    gates: Tensor     # (N, K) float32: their weights; each row sums to 1
+    aux_loss: Tensor  # scalar float32, to be added to the training loss; 0 but for AuxLossRouter
+
+
+class Router(nn.Module):
+    """The order of the verbs, and the count of what went where.
+
+    `load` (E): tokens sent to each expert in training since the last update(), over all
+    micro-batches. In eval mode nothing is counted and nothing moves."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.register_buffer("load", torch.zeros(config.n_expert), persistent=False)  # (E)
+
+    def forward(self, x: Tensor) -> Routing:
+        """x (N, C), any float dtype -> Routing. In float32 even under autocast: a score rounded to
+        bfloat16 sends tokens to other experts (Switch Transformers, arXiv 2101.03961, 2.4)."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            logits = self.logits(x)                          # (N, E)
+            with torch.no_grad():                            # a selection has no gradient
+                indices = self.select(self.squash(logits))   # (N, K)
+                # (N, E), 1 where the token goes: a row's experts differ, so nothing is added twice
+                assigned = torch.zeros_like(logits).scatter_(1, indices, 1.0)
+                if self.training:
+                    self.count(x, assigned)
+            gates = self.gate(logits.gather(1, indices))     # (N, K)
+            return Routing(indices, gates, self.aux_loss(logits, assigned))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """x (N, C) -> how well each expert fits each token (N, E), before any bias."""
+        return self.squash(self.logits(x.float()))
+
+    def squash(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def select(self, scores: Tensor) -> Tensor:
+        return scores.topk(self.config.top_k, dim=-1).indices
+
+    def aux_loss(self, logits: Tensor, assigned: Tensor) -> Tensor:
+        return logits.new_zeros(())
+
+    def count(self, x: Tensor, assigned: Tensor) -> None:
+        self.load += assigned.sum(0)
+
+    def statistics(self) -> list[Tensor]:
+        """The buffers that count() fills: summed over processes, used by move(), then cleared."""
+        return [self.load]
+
+    def move(self) -> None:
+        """Move bias and centroids by the statistics of the whole step."""
+
+    def update(self) -> None:
+        """Call once after every optimizer step. For all layers at once: update_routers()."""
+        update_routers([self])
+
+
+@torch.no_grad()
+def update_routers(routers: list[Router]) -> None:
+    """The update of several routers, their statistics summed over all processes in one all-reduce.
+    A router in eval mode stays as it is."""
+    routers = [router for router in routers if router.training]
+    statistics = [buffer for router in routers for buffer in router.statistics()]
+    if dist.is_initialized() and statistics:
+        flat = torch.cat([buffer.flatten() for buffer in statistics])
+        dist.all_reduce(flat)
+        for buffer, total in zip(statistics, flat.split([b.numel() for b in statistics])):
+            buffer.copy_(total.view_as(buffer))
+    for router in routers:
+        router.move()
+    for buffer in statistics:
+        buffer.zero_()
+
+
+def bias_step(bias: Tensor, load: Tensor, rate: float) -> None:
+    """b_i += rate * sign(mean(load) - load_i)                      (arXiv 2408.15664, algorithm 1)
+
+    Only the sign of the error: the step is the same whatever the batch, and b stays on the scale of
+    the scores. An expert that got too few tokens becomes a little easier to select."""
+    bias += rate * (load.mean() - load).sign()  # (E)
+
+
+class LearnedRouter(Router):
+    """Linear scores and no balancing at all.
+
+        s = softmax(x R^T), or sigmoid(x R^T)        R (E, C) learned
+        S = top-K of s
+        gate_i = s_i / sum over S of s
+
+    The gates are normalised over S, so the language-model loss has a gradient on the selected rows
+    only. For one token that gradient is (scalar) * x, and so are those of the neuron rows of the
+    selected expert's W_gate and W_up: router and expert add up the same tokens. The coupling."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))  # (E, C)
+
+    @property
+    def directions(self) -> Tensor:
+        return self.weight  # (E, C)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return x @ self.weight.float().t()  # (N, E)
+
+    def squash(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1) if self.config.score_fn == "softmax" else logits.sigmoid()
+
+    def gate(self, chosen: Tensor) -> Tensor:
+        # softmax over all E, then normalised over S, is the softmax over S: written so, the
+        # unselected logits get a gradient of exactly 0 and not of rounding noise
+        if self.config.score_fn == "softmax":
+            return chosen.softmax(-1)  # (N, K)
+        return F.normalize(chosen.sigmoid(), p=1.0, dim=-1)
+
+
+class AuxLossRouter(LearnedRouter):
+    """Linear scores, balanced by a loss (Switch Transformers, arXiv 2101.03961, eq. 4; as in OLMoE).
+
+        s, S, gates                      as LearnedRouter
+        aux_loss = aux_loss_coef * E * sum over i of f_i P_i
+            f_i = share of the N * K assignments that went to expert i      (no gradient)
+            P_i = mean over tokens of s_i / sum over j of s_j
+
+    At perfect balance aux_loss = aux_loss_coef. The gradient of P_i is along x for every token,
+    chosen or not, on every row: it mixes into r_i tokens that expert i never saw."""
+
+    def aux_loss(self, logits: Tensor, assigned: Tensor) -> Tensor:
+        f = assigned.mean(0) / self.config.top_k                          # (E)
+        P = F.normalize(self.squash(logits), p=1.0, dim=-1).mean(0)       # (E)
+        return self.config.aux_loss_coef * self.config.n_expert * (f * P).sum()
+
+
+class LossFreeRouter(LearnedRouter):
+    """Linear scores, balanced by a bias without any loss (arXiv 2408.15664).
+
+        s, gates                         as LearnedRouter
+        S = top-K of s + b               b never enters the gates
+        b_i += bias_update_rate * sign(mean(load) - load_i)      after each step"""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("bias", torch.zeros(config.n_expert))  # (E)
+
+    def select(self, scores: Tensor) -> Tensor:
+        return super().select(scores + self.bias)
+
+    def move(self) -> None:
+        bias_step(self.bias, self.load, self.config.bias_update_rate)
+
+
+class KMeansRouter(Router):
+    """Online K-Means: nothing but the geometry (arXiv 2605.12476). No parameters.
+
+        s_i = cos(x, c_i)                                        c (E, C) centroids, no gradient
+        S = top-K of s + b
+        gates = softmax over S of s / gate_temperature
+        after each step:
+            c_i = ema_decay * c_i + (1 - ema_decay) * mean of the x routed to i      if load_i > 0
+            b_i += bias_update_rate * sign(mean(load) - load_i)"""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("centroids", torch.zeros(config.n_expert, config.n_embd))  # (E, C)
+        self.register_buffer("bias", torch.zeros(config.n_expert))                      # (E)
+        self.register_buffer("total", torch.zeros_like(self.centroids), persistent=False)  # (E, C)
+
+    @property
+    def directions(self) -> Tensor:
+        return self.centroids  # (E, C)
+
+    def logits(self, x: Tensor) -> Tensor:
+        # dividing the (N, E) products by |x| beats normalising the (N, C) hidden states first
+        cosines = x @ F.normalize(self.centroids.float(), dim=-1).t()     # (N, E), still times |x|
+        return cosines / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+    def select(self, scores: Tensor) -> Tensor:
+        return super().select(scores + self.bias)
+
+    def gate(self, chosen: Tensor) -> Tensor:
+        return (chosen / self.config.gate_temperature).softmax(-1)  # (N, K)
+
+    def count(self, x: Tensor, assigned: Tensor) -> None:
+        super().count(x, assigned)
+        self.total += assigned.t() @ x  # (E, C): sum of the hidden states routed to each expert
+
+    def statistics(self) -> list[Tensor]:
+        return [self.load, self.total]
+
+    def move(self) -> None:
+        mean = self.total / self.load.clamp(min=1)[:, None]  # (E, C)
+        decay = self.config.ema_decay
+        moved = decay * self.centroids + (1 - decay) * mean
+        # an expert that got no token has no mean: it keeps its centroid
+        self.centroids.copy_(torch.where(self.load[:, None] > 0, moved, self.centroids))
+        bias_step(self.bias, self.load, self.config.bias_update_rate)
+
+
+ROUTERS = {
+    "aux": AuxLossRouter, "lossfree": LossFreeRouter, "kmeans": KMeansRouter, "none": LearnedRouter}

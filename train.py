@@ -1,0 +1,451 @@
+"""Train an SMoE transformer, from a laptop's CPU to many GPUs.
+
+    python train.py --router=kmeans                      # tiny model, Python's own source, two CPU cores
+    python train.py --router=lossfree --config=small     # 0.1B parameters, one GPU
+    torchrun --nproc_per_node=8 train.py --config=1b     # the paper's scale, one node
+    python train.py --out_dir=out/kmeans --resume        # go on where a run stopped
+    python train.py --bench --config=1b                  # speed and memory on synthetic tokens
+
+Every field of TrainConfig below is a flag: --name=value. A run writes out/<run>/log.jsonl and
+out/<run>/ckpt.pt; SIGINT (Ctrl-C) and SIGTERM finish the step and save."""
+import argparse
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from model import Config, SMoETransformer, load_balance, read_checkpoint, router_similarity
+from prepare_data import get_batch, get_tokenizer, open_dataset, prepare
+from routers import update_routers
+
+
+@dataclass
+class TrainConfig(Config):
+    """The model's Config and everything else that makes a run."""
+    config: str = "tiny"                  # preset: tiny, small or 1b; other flags override it
+    out_dir: str = ""                     # where the run is written; empty: out/<router>
+    dataset: str = "stdlib"               # folder under data/, made by prepare_data.py
+    batch_size: int = 8                   # sequences in a micro-batch on one device
+    gradient_accumulation_steps: int = 1  # micro-batches in a step, over all processes
+    max_iters: int = 900                  # optimizer steps
+    eval_interval: int = 100              # steps from one evaluation and checkpoint to the next
+    eval_iters: int = 20                  # micro-batches in an evaluation, always the same ones
+    log_interval: int = 10                # steps from one line of the log to the next
+    learning_rate: float = 3e-3           # after the warm-up
+    min_lr: float = 3e-4                  # at the end of the cosine
+    warmup_iters: int = 50                # steps of linear warm-up
+    weight_decay: float = 0.1             # on matrices; norm weights have none
+    beta1: float = 0.9                    # AdamW
+    beta2: float = 0.95                   # AdamW
+    grad_clip: float = 1.0                # largest norm of the gradient; 0: no clipping
+    seed: int = 1                         # of the weights and of the batches
+    device: str = "auto"                  # auto, cpu, cuda or cuda:N
+    dtype: str = "auto"                   # auto, float32 or bfloat16 (autocast)
+    compile: bool = False                 # torch.compile; needs bfloat16
+    resume: bool = False                  # go on with the run in out_dir, with its settings
+    overwrite: bool = False               # start anew where out_dir already holds a run
+    bench: bool = False                   # measure speed and memory instead; writes nothing
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval",
+                     "eval_iters", "log_interval"):
+            self.check(getattr(self, name) > 0, name, "positive")
+        self.check(0 < self.learning_rate < math.inf, "learning_rate", "positive")
+        self.check(0 <= self.min_lr <= self.learning_rate, "min_lr",
+                   f"from 0 to learning_rate = {self.learning_rate}")
+        self.check(self.warmup_iters >= 0, "warmup_iters", "0 or more")
+        self.check(0 <= self.weight_decay < math.inf, "weight_decay", "0 or more")
+        self.check(0 <= self.beta1 < 1, "beta1", "in [0, 1)")
+        self.check(0 <= self.beta2 < 1, "beta2", "in [0, 1)")
+        self.check(0 <= self.grad_clip < math.inf, "grad_clip", "0 or more")
+        self.check(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1")
+        self.check(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), "device",
+                   "auto, cpu, cuda or cuda:N")
+        self.check(self.dtype in ("auto", "float32", "bfloat16"), "dtype",
+                   "auto, float32 or bfloat16")
+        # the shape check of grouped_mm under torch.compile takes bfloat16 alone (torch 2.13)
+        self.check(not (self.compile and self.dtype == "float32"), "dtype",
+                   "bfloat16 with --compile")
+        self.out_dir = self.out_dir or f"out/{self.router}"
+
+
+PRESETS = {
+    "tiny": dict(),
+    "small": dict(
+        block_size=1024, n_layer=8, n_head=8, n_embd=512, n_expert=32, top_k=4, d_expert=256,
+        dataset="python", batch_size=32, max_iters=10_000, eval_interval=500, learning_rate=1e-3,
+        min_lr=1e-4, warmup_iters=200, compile=True),
+    "1b": dict(
+        vocab_size=50304, block_size=1024, n_layer=16, n_head=16, n_embd=1024, n_expert=64, top_k=8,
+        d_expert=256, dataset="fineweb-edu", batch_size=16, gradient_accumulation_steps=32,
+        max_iters=100_000, eval_interval=1000, eval_iters=64, learning_rate=4e-4, min_lr=4e-5,
+        warmup_iters=2000, compile=True),
+}
+
+# what --resume cannot change: the shape of the tensors, what the router means, the data
+FIXED = ("config", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_expert", "top_k",
+         "d_expert", "router", "score_fn", "dataset")
+
+PEAK_BF16 = {  # dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name
+    "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+    "L40S": 362e12, "L4": 121e12, "4090": 165e12, "5090": 210e12, "MI300X": 1307e12,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message}; python train.py --help lists the flags.")
+
+
+def boolean(text: str) -> bool:
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text == "True"
+
+
+def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
+    """Flags -> settings and, with --resume, the checkpoint to go on from. Flags override the preset,
+    or the settings in the checkpoint. Raises ValueError."""
+    comments = {}  # --help shows the comment beside each field
+    for cls in (Config, TrainConfig):
+        comments |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
+    parser = Parser(allow_abbrev=False, description=__doc__.split("\n")[0],
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in fields(TrainConfig):
+        kind = {"type": boolean, "nargs": "?", "const": True} if field.type is bool else {
+            "type": field.type}
+        parser.add_argument(f"--{field.name}", default=field.default, help=comments[field.name],
+                            metavar=field.type.__name__, **kind)
+
+    named, checkpoint = parser.parse_args(argv), None
+    if named.resume:
+        out_dir = named.out_dir or f"out/{named.router}"
+        checkpoint = read_checkpoint(Path(out_dir) / "ckpt.pt")
+        parser.set_defaults(**checkpoint["config"] | {"out_dir": out_dir})
+    elif named.config in PRESETS:
+        parser.set_defaults(**PRESETS[named.config])
+    else:
+        raise ValueError(f"config must be one of {', '.join(PRESETS)}, not {named.config!r}.")
+    c = TrainConfig(**vars(parser.parse_args(argv)))
+    for name in FIXED if checkpoint else ():
+        found = checkpoint["config"][name]
+        if getattr(c, name) != found:
+            raise ValueError(f"the run in {c.out_dir} was trained with {name} = {found!r} and cannot go "
+                             f"on with {getattr(c, name)!r}; name another --out_dir and no --resume.")
+    return c, checkpoint
+
+
+def set_up(c: TrainConfig) -> tuple[torch.device, torch.dtype, int, int]:
+    """-> device, dtype of the activations, rank, world size. torchrun sets the environment variables;
+    a single process goes without. Raises ValueError for a device that is not there."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if c.gradient_accumulation_steps % world_size:
+        raise ValueError(f"gradient_accumulation_steps = {c.gradient_accumulation_steps} does not "
+                         f"divide among {world_size} processes; pass a multiple.")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device {device} is not there: torch {torch.__version__} sees "
+                             f"{torch.cuda.device_count()} CUDA devices; pass --device=cpu.")
+        torch.cuda.set_device(device)
+    if world_size > 1:  # gradients travel over nccl, the request to stop over gloo, off the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
+             "auto": torch.bfloat16 if device.type == "cuda" or c.compile else torch.float32}[c.dtype]
+    return device, dtype, rank, world_size
+
+
+def make_optimizer(model: SMoETransformer, c: TrainConfig) -> torch.optim.AdamW:
+    """AdamW in one fused kernel, on the CPU too; weight decay on matrices alone."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": c.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
+
+
+def learning_rate(step: int, c: TrainConfig) -> float:
+    """Of step 1 .. max_iters: linear warm-up, then half a cosine from learning_rate to min_lr."""
+    if step <= c.warmup_iters:
+        return c.learning_rate * step / c.warmup_iters
+    done = (step - c.warmup_iters) / (c.max_iters - c.warmup_iters)
+    return c.min_lr + (c.learning_rate - c.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> torch.Tensor:
+    """One optimizer step over this process's micro-batches [(x, y)] -> (2) mean loss and aux_loss.
+    Nothing in it waits for the device: a GPU's queue never runs dry."""
+    losses = []
+    for i, (x, y) in enumerate(batches):
+        if isinstance(model, DDP):  # the gradients travel once a step, with the last micro-batch
+            model.require_backward_grad_sync = i == len(batches) - 1
+        with autocast:
+            _, loss, aux_loss = model(x, y)
+        ((loss + aux_loss) / len(batches)).backward()
+        losses.append(torch.stack([loss, aux_loss]).detach())
+    if c.grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    update_routers(routers)
+    return torch.stack(losses).mean(0)
+
+
+def evaluate(model, data, autocast, c: TrainConfig, device, rank, world_size) -> dict[str, float]:
+    """Validation metrics (README.md) on eval_iters micro-batches, the same ones every time, dealt out
+    to the processes. Metrics of a layer are averaged over the layers."""
+    loads = torch.zeros(c.n_layer, c.n_expert, device=device)
+
+    def counter(load):  # a forward hook that adds what a router sends where to load (E)
+        def hook(router, args, routing):
+            load.add_(torch.bincount(routing.indices.flatten(), minlength=c.n_expert))
+        return hook
+
+    hooks = [r.register_forward_hook(counter(load)) for r, load in zip(model.routers(), loads)]
+    loss = torch.zeros((), device=device)
+    model.eval()
+    with torch.no_grad(), autocast:
+        for i in range(rank, c.eval_iters, world_size):
+            x, y = get_batch(data, "val", seed=c.seed, step=0, micro_step=i, batch_size=c.batch_size,
+                             block_size=c.block_size, device=device)
+            loss += model(x, y)[1] / c.eval_iters
+    model.train()
+    for hook in hooks:
+        hook.remove()
+    if world_size > 1:
+        dist.all_reduce(loss)
+        dist.all_reduce(loads)
+    load_std, max_violation = load_balance(loads)  # (n_layer), (n_layer)
+    similarity = torch.stack([router_similarity(r.directions) for r in model.routers()])
+    return {"val_loss": loss.item(), "perplexity": loss.exp().item(),
+            "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
+            "router_similarity": similarity.mean().item()}
+
+
+def save_checkpoint(path: Path, **state) -> None:
+    """Writes beside `path`, then renames: whatever happens, what lies at `path` is whole."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer calls a full disk a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"step {state['step']} could not be saved to {path}, which still holds the last "
+                      f"good checkpoint, if any: {error}") from error
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The data-sheet bf16 FLOP/s of the device; None where there is no entry."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
+
+
+def bench(c: TrainConfig, steps: int = 10) -> None:
+    """Trains on synthetic tokens and prints speed and memory. The dense product timed in the same run
+    tells what this device, as busy as it is now, could do at best."""
+    device, dtype, _, _ = set_up(c)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+
+    def seconds(function, n):  # the median of n calls
+        times = []
+        for _ in range(n):
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    torch.manual_seed(c.seed)
+    model = SMoETransformer(c).to(device)
+    run, optimizer = torch.compile(model) if c.compile else model, make_optimizer(model, c)
+    batches = list(torch.randint(c.vocab_size, device=device, size=(
+        c.gradient_accumulation_steps, 2, c.batch_size, c.block_size)))
+    step = lambda: train_step(run, model.routers(), optimizer, batches, autocast, c)
+    first, _, t = seconds(step, 1), seconds(step, 2), seconds(step, steps)
+    if device.type == "cuda":
+        hardware, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
+    else:
+        import resource  # of Unix alone
+        hardware = f"CPU, {torch.get_num_threads()} threads"
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    seconds(lambda: a @ b, 3)
+    dense = 2 * n**3 / seconds(lambda: a @ b, 10)
+
+    tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
+    flops, peak = tokens * model.flops_per_token() / t, peak_flops(device)
+    total, active = model.num_params()
+    print(f"{hardware}, torch {torch.__version__}, {dtype}{', compiled' if c.compile else ''}")
+    print(f"{c.config}, {c.router}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active, "
+          f"{tokens:,} tokens a step")
+    print(f"{t * 1e3:.1f} ms a step ({first:.1f} s the first), {tokens / t:,.0f} tokens/s, "
+          f"{flops / 1e12:.3f} TFLOP/s, MFU {f'{flops / peak:.1%}' if peak else 'unknown'}")
+    print(f"{dense / flops:.2f} x the time of dense {n} x {n} products of the same FLOPs, "
+          f"peak memory {memory:.1f} GiB")
+
+
+def finish(model, data, metrics, autocast, c: TrainConfig) -> None:
+    """A sample that starts a new document, and the run in three lines."""
+    tokenizer = get_tokenizer(data.meta["tokenizer"]["name"])
+    idx = torch.tensor([[tokenizer.eot_token]], device=model.embed.weight.device)
+    with autocast:
+        ids = model.generate(idx, 200, temperature=0.8)[0, 1:].tolist()
+    text = tokenizer.decode([i for i in ids if i < tokenizer.eot_token])  # padding ids have no text
+    print("".join(ch if ch.isprintable() or ch == "\n" else " " for ch in text))
+    collapsed = (1 / c.top_k / c.n_expert - 1 / c.n_expert**2) ** 0.5
+    print("-" * 80)
+    print(f"validation perplexity {metrics['perplexity']:.3f} a token ({metrics['val_loss']:.3f} nats)")
+    print(f"load Std {metrics['load_std']:.4f} (even load: 0, all tokens to {c.top_k} experts: "
+          f"{collapsed:.4f})")
+    print(f"the run lies in {c.out_dir}; next: python analyze.py {c.out_dir}")
+
+
+def main(argv: list[str]) -> None:
+    c, checkpoint = parse_args(argv)
+    if c.bench:
+        return bench(c)
+    out_dir, data_dir = Path(c.out_dir), Path("data") / c.dataset
+    log_path, checkpoint_path = out_dir / "log.jsonl", out_dir / "ckpt.pt"
+    if not (c.resume or c.overwrite) and (log_path.exists() or checkpoint_path.exists()):
+        raise ValueError(f"{out_dir} already holds a run; pass --resume to go on with it, --overwrite to "
+                         "start anew, or another --out_dir.")
+    device, dtype, rank, world_size = set_up(c)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+
+    # data: the two corpora that every machine has prepare themselves
+    if c.dataset in ("stdlib", "python") and not data_dir.exists() and rank == 0:
+        prepare(c.dataset)
+    if world_size > 1:
+        dist.barrier()
+    data = open_dataset(data_dir, c.block_size, c.vocab_size)
+    data_sha256 = data.meta["sha256"]["train.bin"]
+
+    # model and optimizer: the same seed, so the same weights on every rank
+    torch.manual_seed(c.seed)
+    raw_model = SMoETransformer(c).to(device)
+    optimizer = make_optimizer(raw_model, c)
+    step, best_loss = 0, math.inf
+    if checkpoint:
+        if checkpoint["data_sha256"] != data_sha256:
+            raise ValueError(f"{data_dir} is not the data that the run in {out_dir} was trained on; "
+                             "prepare that data again, or name another --out_dir and no --resume.")
+        raw_model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])
+        step, best_loss = checkpoint["step"], checkpoint["best_loss"]
+    model = torch.compile(raw_model) if c.compile else raw_model
+    if world_size > 1:  # the routers combine their own statistics: rank 0's must not overwrite them
+        model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    # files: rank 0 writes them; the log forgets what came after the checkpoint
+    master = rank == 0
+    if master:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lines = log_path.read_text().split("\n")[:-1] if checkpoint and log_path.exists() else []
+        log_path.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
+        if not checkpoint:
+            checkpoint_path.unlink(missing_ok=True)
+        total, active = raw_model.num_params()
+        print(f"{c.router} on {c.dataset}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a "
+              f"token, {world_size} x {device} in {dtype}, step {step} to {c.max_iters}")
+
+    # the first SIGINT or SIGTERM asks to stop after the step, a second one stops at once
+    signals = []
+
+    def request_stop(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
+
+    peak, tokens = peak_flops(device), c.gradient_accumulation_steps * c.batch_size * c.block_size
+    micro_steps = c.gradient_accumulation_steps // world_size
+    stop, metrics = False, {}
+    start, start_step = time.perf_counter(), step
+    bar = tqdm(total=c.max_iters, initial=step, unit="step", disable=None if master else True)
+    while step < c.max_iters and not stop:
+        step += 1
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, c)
+        batches = [get_batch(data, "train", seed=c.seed, step=step, micro_step=i, rank=rank,
+                             world_size=world_size, batch_size=c.batch_size, block_size=c.block_size,
+                             device=device) for i in range(micro_steps)]
+        losses = train_step(model, raw_model.routers(), optimizer, batches, autocast, c)
+        bar.update()
+
+        requests = torch.tensor(len(signals))  # on the CPU: all ranks agree without a look at the GPU
+        if world_size > 1:
+            dist.all_reduce(requests)
+        stop, evaluating = bool(requests), step % c.eval_interval == 0 or step == c.max_iters
+        if not (stop or evaluating or step % c.log_interval == 0):
+            continue
+
+        if world_size > 1:
+            dist.all_reduce(losses)
+            losses /= world_size
+        train_loss, aux_loss = losses.tolist()  # waits for the device
+        speed = (step - start_step) * tokens / (time.perf_counter() - start)
+        record = {"step": step, "train_loss": train_loss, "aux_loss": aux_loss,
+                  "lr": learning_rate(step, c), "tokens_per_s": speed,
+                  "mfu": speed * raw_model.flops_per_token() / (peak * world_size) if peak else None}
+        bar.set_postfix(loss=f"{train_loss:.3f}")
+        if evaluating:
+            metrics = evaluate(raw_model, data, autocast, c, device, rank, world_size)
+            record |= metrics
+            best_loss = min(best_loss, metrics["val_loss"])
+        if not all(math.isfinite(value) for value in record.values() if value is not None):
+            raise SystemExit(f"train.py: the loss is not finite at step {step}; "
+                             + (f"the last good checkpoint is {checkpoint_path}"
+                                if checkpoint_path.exists() else "there is no checkpoint yet")
+                             + ". Try a lower --learning_rate or a longer --warmup_iters.")
+        if master:
+            with open(log_path, "a") as log:
+                log.write(json.dumps(record) + "\n")
+            if evaluating:
+                tqdm.write(f"step {step}: validation loss {metrics['val_loss']:.4f}, perplexity "
+                           f"{metrics['perplexity']:.3f}, load Std {metrics['load_std']:.4f}, max "
+                           f"violation {metrics['max_violation']:.2f}, router similarity "
+                           f"{metrics['router_similarity']:.3f}, {speed:,.0f} tokens/s")
+            if evaluating or stop:
+                save_checkpoint(
+                    checkpoint_path, model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
+                    step=step, config=asdict(c) | {"resume": False, "overwrite": False},
+                    best_loss=best_loss, data_sha256=data_sha256, rng=torch.get_rng_state())
+        if evaluating:
+            start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
+    bar.close()
+    if master and stop:
+        print(f"stopped and saved at step {step}; go on with: python train.py --out_dir={out_dir} "
+              "--resume")
+    elif master:
+        finish(raw_model, data, metrics, autocast, c)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:  # a user's mistake, a full disk: one sentence
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted before the first step; nothing was saved.")
