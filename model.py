@@ -31,7 +31,7 @@ class Config:
     n_embd: int = 256                # C, width of the hidden states
     n_expert: int = 16               # E, experts in a layer
     top_k: int = 2                   # K, experts that a token goes to
-    d_expert: int = 256              # H, width of an expert
+    d_expert: int = 128              # H, width of an expert
     router: str = "kmeans"           # aux, lossfree, kmeans or none
     score_fn: str = "softmax"        # softmax or sigmoid: the scores of the learned routers
     aux_loss_coef: float = 0.01      # aux: weight of the load-balancing loss
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=1e-6)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, T, C), cos and sin (T, D/2) -> (B, T, C)."""
+        """x (B, T, C), cos and sin (T, D) -> (B, T, C)."""
         B, T, C = x.shape
         qkv = self.qkv_proj(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, D)
         v = qkv[2]                                                      # (B, heads, T, D)
@@ -82,9 +82,10 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE, half-split: turns (x_j, x_{j + D/2}) of x (..., T, D) by the angle of its position."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """RoPE, half-split: turns each pair (x_j, x_{j + D/2}) of x (..., T, D) by its position's angle.
+
+        (a, b) -> (a cos - b sin, b cos + a sin);   the minus sign is in the first half of `sin`."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class SMoE(nn.Module):
@@ -204,8 +205,9 @@ class SMoETransformer(nn.Module):
         half = config.n_embd // config.n_head // 2
         frequency = 10000.0 ** (-torch.arange(half) / half)                                # (D/2)
         angle = torch.arange(config.block_size)[:, None] * frequency                       # (T, D/2)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        cos, sin = angle.cos(), angle.sin()
+        self.register_buffer("cos", torch.cat([cos, cos], dim=1), persistent=False)        # (T, D)
+        self.register_buffer("sin", torch.cat([-sin, sin], dim=1), persistent=False)       # (T, D)
         self.init_weights()
 
     @torch.no_grad()
@@ -239,7 +241,7 @@ class SMoETransformer(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size = "
                              f"{self.config.block_size}; cut it.")
-        cos, sin = self.cos[:T], self.sin[:T]                            # (T, D/2)
+        cos, sin = self.cos[:T], self.sin[:T]                            # (T, D) each
         x = self.embed(idx)                                              # (B, T, C)
         aux_losses = []
         for block in self.blocks:
