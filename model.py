@@ -1,4 +1,5 @@
-"""A decoder-only transformer in which every feed-forward is a sparse mixture of SwiGLU experts (SMoE).
+"""A decoder-only transformer in which every feed-forward is a sparse mixture of SwiGLU experts
+(SMoE).
 
     from model import Config, SMoETransformer
     model = SMoETransformer(Config(router="kmeans"))
@@ -7,9 +8,9 @@
 Shapes: B batch, T sequence, N = B*T tokens, C = n_embd, D = C / n_head, V = vocab_size,
         E = n_expert, K = top_k, H = d_expert (expert width).
 
-The block is that of Qwen3-MoE without grouped-query attention: pre-norm, RMSNorm, RoPE, RMSNorm on each
-head of q and k, no biases, no dropout, an untied head. There is no capacity limit: every token reaches
-its K experts."""
+The block is that of Qwen3-MoE without grouped-query attention: pre-norm, RMSNorm, RoPE, RMSNorm on
+each head of q and k, no biases, no dropout, an untied head. There is no capacity limit: every token
+reaches its K experts."""
 from dataclasses import dataclass, fields
 
 import torch
@@ -40,11 +41,13 @@ class Config:
     gate_temperature: float = 0.1    # kmeans: temperature of the softmax over cosines in the gates
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_expert", "d_expert"):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_expert",
+                     "d_expert"):
             self.check(getattr(self, name) > 0, name, "positive")
         self.check(self.n_embd % (2 * self.n_head) == 0, "n_embd",
                    f"a multiple of 2 * n_head = {2 * self.n_head} (RoPE turns pairs within a head)")
-        self.check(1 <= self.top_k <= self.n_expert, "top_k", f"from 1 to n_expert = {self.n_expert}")
+        self.check(1 <= self.top_k <= self.n_expert, "top_k",
+                   f"from 1 to n_expert = {self.n_expert}")
         self.check(self.router in ROUTERS, "router", f"one of {', '.join(ROUTERS)}")
         self.check(self.score_fn in ("softmax", "sigmoid"), "score_fn", "softmax or sigmoid")
         self.check(0 <= self.aux_loss_coef < float("inf"), "aux_loss_coef", "0 or more")
@@ -71,7 +74,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, T, C), cos and sin (T, D) -> (B, T, C)."""
         B, T, C = x.shape
-        qkv = self.qkv_proj(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, D)
+        qkv = self.qkv_proj(x).view(B, T, 3, self.n_head, -1)           # (B, T, 3, heads, D)
+        qkv = qkv.permute(2, 0, 3, 1, 4)                                # (3, B, heads, T, D)
         v = qkv[2]                                                      # (B, heads, T, D)
         # q and k take the same steps, so they take them together: half the kernels
         weight = torch.stack([self.q_norm.weight, self.k_norm.weight])  # (2, D)
@@ -82,7 +86,8 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE, half-split: turns each pair (x_j, x_{j + D/2}) of x (..., T, D) by its position's angle.
+    """RoPE, half-split: turns each pair (x_j, x_{j + D/2}) of x (..., T, D) by its position's
+    angle.
 
         (a, b) -> (a cos - b sin, b cos + a sin);   the minus sign is in the first half of `sin`."""
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
@@ -128,14 +133,14 @@ class Experts(torch.autograd.Function):
 
     Saved for the backward pass are the inputs and the experts' pre-activations; the cheap rest is
     computed again, so activation memory does not grow with K copies of the hidden states (the idea
-    of SonicMoE, arXiv 2512.14080). The gate scales the narrow activation in front of W_down, not the
-    wide result behind it: a row scale commutes with the product. Rows move by the sorting permutation
-    and its inverse in both directions, as gathers: nothing is added atomically, so two runs agree to
-    the last bit.
+    of SonicMoE, arXiv 2512.14080). The gate scales the narrow activation in front of W_down, not
+    the wide result behind it: a row scale commutes with the product. Rows move by the sorting
+    permutation and its inverse in both directions, as gathers: nothing is added atomically, so two
+    runs agree to the last bit.
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
-    float32; order (N*K): the assignments t * K + k in expert order; inverse (N, K): the place of each
-    assignment in `order`; ends (E) int32: where each expert's rows end. Returns y (N, C)."""
+    float32; order (N*K): the assignments t * K + k in expert order; inverse (N, K): the place of
+    each assignment in `order`; ends (E) int32: where each expert's rows end. Returns y (N, C)."""
 
     @staticmethod
     def forward(ctx, x, gates, w_gate, w_up, w_down, order, inverse, ends):
@@ -177,7 +182,7 @@ def gather_sum(rows: Tensor, inverse: Tensor) -> Tensor:
     """rows (N*K, C), inverse (N, K) -> (N, C): to each token the sum of its K rows."""
     if torch.compiler.is_compiling():
         return rows[inverse].sum(1)  # the compiler fuses the gather into the sum
-    return F.embedding_bag(inverse, rows, mode="sum")  # the same in one pass, without (N*K, C) again
+    return F.embedding_bag(inverse, rows, mode="sum")  # the same, without a second (N*K, C)
 
 
 class Block(nn.Module):
@@ -203,11 +208,11 @@ class SMoETransformer(nn.Module):
         self.norm = nn.RMSNorm(config.n_embd, eps=1e-6)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         half = config.n_embd // config.n_head // 2
-        frequency = 10000.0 ** (-torch.arange(half) / half)                                # (D/2)
-        angle = torch.arange(config.block_size)[:, None] * frequency                       # (T, D/2)
+        frequency = 10000.0 ** (-torch.arange(half) / half)                             # (D/2)
+        angle = torch.arange(config.block_size)[:, None] * frequency                    # (T, D/2)
         cos, sin = angle.cos(), angle.sin()
-        self.register_buffer("cos", torch.cat([cos, cos], dim=1), persistent=False)        # (T, D)
-        self.register_buffer("sin", torch.cat([-sin, sin], dim=1), persistent=False)       # (T, D)
+        self.register_buffer("cos", torch.cat([cos, cos], dim=1), persistent=False)     # (T, D)
+        self.register_buffer("sin", torch.cat([-sin, sin], dim=1), persistent=False)    # (T, D)
         self.init_weights()
 
     @torch.no_grad()
@@ -216,13 +221,14 @@ class SMoETransformer(nn.Module):
 
         embed, head, qkv_proj, w_gate, w_up, router.weight    normal, std 0.02
         o_proj, w_down (they write to the residual stream)    normal, std 0.02 / sqrt(2 n_layer)
-        centroids      random directions of norm sqrt(C), the norm of the RMSNorm output they average
+        centroids      random directions of norm sqrt(C), that of the RMSNorm outputs they average
         norm weights   1 (by nn.RMSNorm)
         biases         0 (selection biases, the only ones)"""
         for name, p in self.named_parameters():
             if p.ndim > 1:
                 residual = name.endswith(("o_proj.weight", "w_down"))
-                nn.init.normal_(p, std=0.02 / (2 * self.config.n_layer) ** 0.5 if residual else 0.02)
+                scale = (2 * self.config.n_layer) ** -0.5 if residual else 1.0
+                nn.init.normal_(p, std=0.02 * scale)
         for router in self.routers():
             if isinstance(router, KMeansRouter):
                 direction = F.normalize(torch.randn_like(router.centroids), dim=-1)        # (E, C)
@@ -235,8 +241,9 @@ class SMoETransformer(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None):
         """idx, targets (B, T) int64 -> logits, loss, aux_loss.
 
-        With targets: logits (B, T, V), loss = mean cross-entropy in nats, aux_loss = sum of the routers'
-        losses over the layers. Without: logits (B, 1, V) of the last position, loss None."""
+        With targets: logits (B, T, V), loss = mean cross-entropy in nats, aux_loss = sum of the
+        routers' losses over the layers. Without: logits (B, 1, V) of the last position, loss
+        None."""
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size = "
@@ -255,9 +262,11 @@ class SMoETransformer(nn.Module):
         return logits, loss, torch.stack(aux_losses).sum()
 
     @torch.no_grad()
-    def generate(self, idx: Tensor, n: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-        """Appends n sampled tokens to idx (B, T) -> (B, T + n). temperature > 0; top_k: sample from the
-        top_k likeliest tokens only (1: the likeliest). The context is the last block_size tokens."""
+    def generate(self, idx: Tensor, n: int, temperature: float = 1.0,
+                 top_k: int | None = None) -> Tensor:
+        """Appends n sampled tokens to idx (B, T) -> (B, T + n). temperature > 0; top_k: sample from
+        the top_k likeliest tokens only (1: the likeliest). The context is the last block_size
+        tokens."""
         training = self.training
         self.eval()  # a sample must not count in the routers' load
         for _ in range(n):
@@ -271,7 +280,8 @@ class SMoETransformer(nn.Module):
         return idx
 
     def num_params(self) -> tuple[int, int]:
-        """(all parameters, those that one token uses: all but the E - K experts it does not visit)."""
+        """(all parameters, those that one token uses: all but the E - K experts it does not
+        visit)."""
         c = self.config
         total = sum(p.numel() for p in self.parameters())
         return total, total - c.n_layer * (c.n_expert - c.top_k) * 3 * c.n_embd * c.d_expert
@@ -300,9 +310,9 @@ def router_similarity(directions: Tensor) -> Tensor:
 
 
 def read_checkpoint(path) -> dict:
-    """What train.save_checkpoint wrote. The file is mapped, not read: what the caller does not touch
-    (the optimizer's state is twice the model) costs no memory. Raises ValueError for a missing,
-    damaged or foreign file."""
+    """What train.save_checkpoint wrote. The file is mapped, not read: what the caller does not
+    touch (the optimizer's state is twice the model) costs no memory. Raises ValueError for a
+    missing, damaged or foreign file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         checkpoint["model"], checkpoint["config"]
@@ -319,7 +329,8 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     checkpoint = read_checkpoint(path)
     names = {field.name for field in fields(Config)}
     try:
-        model = SMoETransformer(Config(**{k: v for k, v in checkpoint["config"].items() if k in names}))
+        config = Config(**{k: v for k, v in checkpoint["config"].items() if k in names})
+        model = SMoETransformer(config)
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not hold a model of this project ({error}).") from None

@@ -1,7 +1,7 @@
 """Three routers for a sparse mixture of experts, side by side.
 
-A router looks at one hidden state per token and sends the token to the top_k best of n_expert experts.
-Every router here is the same four verbs in the same order:
+A router looks at one hidden state per token and sends the token to the top_k best of n_expert
+experts. Every router here is the same four verbs in the same order:
 
     score     how well does each expert fit each token?            (N, C) -> (N, E)
     select    which K experts does the token go to?                (N, E) -> (N, K)
@@ -17,8 +17,9 @@ They differ in where the scores come from and in what keeps the load even:
     none      learned rows r_i             nothing: the control that shows collapse
 
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k.
-Source: "Routers Learn the Geometry of Their Experts", arXiv 2605.12476. What its summaries leave open
-(gates, loss coefficient, step sizes) is this project's choice: see model.Config and README.md."""
+Source: "Routers Learn the Geometry of Their Experts", arXiv 2605.12476. What its summaries leave
+open (gates, loss coefficient, step sizes) is this project's choice: see model.Config and
+README.md."""
 from typing import NamedTuple
 
 import torch
@@ -147,7 +148,8 @@ class LearnedRouter(Router):
 
 
 class AuxLossRouter(LearnedRouter):
-    """Linear scores, balanced by a loss (Switch Transformers, arXiv 2101.03961, eq. 4; as in OLMoE).
+    """Linear scores, balanced by a loss (Switch Transformers, arXiv 2101.03961, eq. 4; as in
+    OLMoE).
 
         s, S, gates                      as LearnedRouter
         aux_loss = aux_loss_coef * E * sum over i of f_i P_i

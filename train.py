@@ -1,6 +1,6 @@
 """Train an SMoE transformer, from a laptop's CPU to many GPUs.
 
-    python train.py --router=kmeans                      # tiny model, Python's own source, two CPU cores
+    python train.py --router=kmeans                      # tiny model, Python's source, two cores
     python train.py --router=lossfree --config=small     # 0.1B parameters, one GPU
     torchrun --nproc_per_node=8 train.py --config=1b     # the paper's scale, one node
     python train.py --out_dir=out/kmeans --resume        # go on where a run stopped
@@ -117,8 +117,8 @@ def boolean(text: str) -> bool:
 
 
 def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
-    """Flags -> settings and, with --resume, the checkpoint to go on from. Flags override the preset,
-    or the settings in the checkpoint. Raises ValueError."""
+    """Flags -> settings and, with --resume, the checkpoint to go on from. Flags override the
+    preset, or the settings in the checkpoint. Raises ValueError."""
     comments = {}  # --help shows the comment beside each field
     for cls in (Config, TrainConfig):
         comments |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
@@ -143,14 +143,18 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
     for name in FIXED if checkpoint else ():
         found = checkpoint["config"][name]
         if getattr(c, name) != found:
-            raise ValueError(f"the run in {c.out_dir} was trained with {name} = {found!r} and cannot go "
-                             f"on with {getattr(c, name)!r}; name another --out_dir and no --resume.")
+            raise ValueError(f"the run in {c.out_dir} was trained with {name} = {found!r} and "
+                             f"cannot go on with {getattr(c, name)!r}; name another --out_dir and "
+                             "no --resume.")
+    if checkpoint and checkpoint["step"] >= c.max_iters:
+        raise ValueError(f"the run in {c.out_dir} has done all its {checkpoint['step']} steps; "
+                         "pass a larger --max_iters to go on.")
     return c, checkpoint
 
 
 def set_up(c: TrainConfig) -> tuple[torch.device, torch.dtype, int, int]:
-    """-> device, dtype of the activations, rank, world size. torchrun sets the environment variables;
-    a single process goes without. Raises ValueError for a device that is not there."""
+    """-> device, dtype of the activations, rank, world size. torchrun sets the environment
+    variables; a single process goes without. Raises ValueError for a device that is not there."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if c.gradient_accumulation_steps % world_size:
         raise ValueError(f"gradient_accumulation_steps = {c.gradient_accumulation_steps} does not "
@@ -166,9 +170,8 @@ def set_up(c: TrainConfig) -> tuple[torch.device, torch.dtype, int, int]:
         torch.cuda.set_device(device)
     if world_size > 1:  # gradients travel over nccl, the request to stop over gloo, off the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
-             "auto": torch.bfloat16 if device.type == "cuda" or c.compile else torch.float32}[c.dtype]
-    return device, dtype, rank, world_size
+    bfloat16 = c.dtype == "bfloat16" or c.dtype == "auto" and (device.type == "cuda" or c.compile)
+    return device, torch.bfloat16 if bfloat16 else torch.float32, rank, world_size
 
 
 def make_optimizer(model: SMoETransformer, c: TrainConfig) -> torch.optim.AdamW:
@@ -207,8 +210,8 @@ def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> 
 
 
 def evaluate(model, data, autocast, c: TrainConfig, device, rank, world_size) -> dict[str, float]:
-    """Validation metrics (README.md) on eval_iters micro-batches, the same ones every time, dealt out
-    to the processes. Metrics of a layer are averaged over the layers."""
+    """Validation metrics (README.md) on eval_iters micro-batches, the same ones every time, dealt
+    out to the processes. Metrics of a layer are averaged over the layers."""
     loads = torch.zeros(c.n_layer, c.n_expert, device=device)
 
     def counter(load):  # a forward hook that adds what a router sends where to load (E)
@@ -221,8 +224,8 @@ def evaluate(model, data, autocast, c: TrainConfig, device, rank, world_size) ->
     model.eval()
     with torch.no_grad(), autocast:
         for i in range(rank, c.eval_iters, world_size):
-            x, y = get_batch(data, "val", seed=c.seed, step=0, micro_step=i, batch_size=c.batch_size,
-                             block_size=c.block_size, device=device)
+            x, y = get_batch(data, "val", seed=c.seed, step=0, micro_step=i, device=device,
+                             batch_size=c.batch_size, block_size=c.block_size)
             loss += model(x, y)[1] / c.eval_iters
     model.train()
     for hook in hooks:
@@ -245,8 +248,8 @@ def save_checkpoint(path: Path, **state) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's writer calls a full disk a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise OSError(f"step {state['step']} could not be saved to {path}, which still holds the last "
-                      f"good checkpoint, if any: {error}") from error
+        raise OSError(f"step {state['step']} could not be saved to {path}, which still holds the "
+                      f"last good checkpoint, if any: {error}") from error
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -256,8 +259,8 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def bench(c: TrainConfig, steps: int = 10) -> None:
-    """Trains on synthetic tokens and prints speed and memory. The dense product timed in the same run
-    tells what this device, as busy as it is now, could do at best."""
+    """Trains on synthetic tokens and prints speed and memory. The dense product timed in the same
+    run tells what this device, as busy as it is now, could do at best."""
     device, dtype, _, _ = set_up(c)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
 
@@ -311,7 +314,8 @@ def finish(model, data, metrics, autocast, c: TrainConfig) -> None:
     print("".join(ch if ch.isprintable() or ch == "\n" else " " for ch in text))
     collapsed = (1 / c.top_k / c.n_expert - 1 / c.n_expert**2) ** 0.5
     print("-" * 80)
-    print(f"validation perplexity {metrics['perplexity']:.3f} a token ({metrics['val_loss']:.3f} nats)")
+    print(f"validation perplexity {metrics['perplexity']:.3f} a token "
+          f"({metrics['val_loss']:.3f} nats)")
     print(f"load Std {metrics['load_std']:.4f} (even load: 0, all tokens to {c.top_k} experts: "
           f"{collapsed:.4f})")
     print(f"the run lies in {c.out_dir}; next: python analyze.py {c.out_dir}")
@@ -324,8 +328,8 @@ def main(argv: list[str]) -> None:
     out_dir, data_dir = Path(c.out_dir), Path("data") / c.dataset
     log_path, checkpoint_path = out_dir / "log.jsonl", out_dir / "ckpt.pt"
     if not (c.resume or c.overwrite) and (log_path.exists() or checkpoint_path.exists()):
-        raise ValueError(f"{out_dir} already holds a run; pass --resume to go on with it, --overwrite to "
-                         "start anew, or another --out_dir.")
+        raise ValueError(f"{out_dir} already holds a run; pass --resume to go on with it, "
+                         "--overwrite to start anew, or another --out_dir.")
     device, dtype, rank, world_size = set_up(c)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
 
@@ -344,8 +348,8 @@ def main(argv: list[str]) -> None:
     step, best_loss = 0, math.inf
     if checkpoint:
         if checkpoint["data_sha256"] != data_sha256:
-            raise ValueError(f"{data_dir} is not the data that the run in {out_dir} was trained on; "
-                             "prepare that data again, or name another --out_dir and no --resume.")
+            raise ValueError(f"{data_dir} is not the data that the run in {out_dir} was trained "
+                             "on; prepare that again, or name another --out_dir and no --resume.")
         raw_model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
@@ -363,8 +367,8 @@ def main(argv: list[str]) -> None:
         if not checkpoint:
             checkpoint_path.unlink(missing_ok=True)
         total, active = raw_model.num_params()
-        print(f"{c.router} on {c.dataset}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a "
-              f"token, {world_size} x {device} in {dtype}, step {step} to {c.max_iters}")
+        print(f"{c.router} on {c.dataset}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M "
+              f"active a token, {world_size} x {device} in {dtype}, step {step} to {c.max_iters}")
 
     # the first SIGINT or SIGTERM asks to stop after the step, a second one stops at once
     signals = []
@@ -376,7 +380,8 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
 
-    peak, tokens = peak_flops(device), c.gradient_accumulation_steps * c.batch_size * c.block_size
+    peak, flops_per_token = peak_flops(device), raw_model.flops_per_token()
+    tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
     micro_steps = c.gradient_accumulation_steps // world_size
     stop, metrics = False, {}
     start, start_step = time.perf_counter(), step
@@ -386,12 +391,12 @@ def main(argv: list[str]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, c)
         batches = [get_batch(data, "train", seed=c.seed, step=step, micro_step=i, rank=rank,
-                             world_size=world_size, batch_size=c.batch_size, block_size=c.block_size,
-                             device=device) for i in range(micro_steps)]
+                             world_size=world_size, device=device, batch_size=c.batch_size,
+                             block_size=c.block_size) for i in range(micro_steps)]
         losses = train_step(model, raw_model.routers(), optimizer, batches, autocast, c)
         bar.update()
 
-        requests = torch.tensor(len(signals))  # on the CPU: all ranks agree without a look at the GPU
+        requests = torch.tensor(len(signals))  # on the CPU: the ranks agree without the GPU
         if world_size > 1:
             dist.all_reduce(requests)
         stop, evaluating = bool(requests), step % c.eval_interval == 0 or step == c.max_iters
@@ -405,7 +410,7 @@ def main(argv: list[str]) -> None:
         speed = (step - start_step) * tokens / (time.perf_counter() - start)
         record = {"step": step, "train_loss": train_loss, "aux_loss": aux_loss,
                   "lr": learning_rate(step, c), "tokens_per_s": speed,
-                  "mfu": speed * raw_model.flops_per_token() / (peak * world_size) if peak else None}
+                  "mfu": speed * flops_per_token / (peak * world_size) if peak else None}
         bar.set_postfix(loss=f"{train_loss:.3f}")
         if evaluating:
             metrics = evaluate(raw_model, data, autocast, c, device, rank, world_size)
