@@ -144,37 +144,39 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gates, w_gate, w_up, w_down, order, inverse, ends):
-        token, g = order // gates.shape[1], gates.flatten().index_select(0, order)  # (N*K) each
+        token = order // gates.shape[1]                                  # (N*K)
+        g = gates.flatten()[order, None].to(x.dtype)                     # (N*K, 1)
         xs = x.index_select(0, token)                                    # (N*K, C) dispatch
-        w_gate_up = torch.cat([w_gate, w_up], dim=1)                     # (E, 2H, C)
-        pre = grouped_mm(xs, w_gate_up.transpose(1, 2), offs=ends)       # (N*K, 2H)
-        pre_gate, up = pre.chunk(2, dim=1)                               # (N*K, H) each
-        act = F.silu(pre_gate) * up * g.to(x.dtype)[:, None]             # (N*K, H)
+        gate = grouped_mm(xs, w_gate.transpose(1, 2), offs=ends)         # (N*K, H)
+        up = grouped_mm(xs, w_up.transpose(1, 2), offs=ends)             # (N*K, H)
+        act = F.silu(gate).mul_(up).mul_(g)                              # (N*K, H)
         ys = grouped_mm(act, w_down.transpose(1, 2), offs=ends)          # (N*K, C)
-        ctx.save_for_backward(x, gates, w_gate_up, w_down, order, inverse, ends, pre)
+        ctx.save_for_backward(x, gates, w_gate, w_up, w_down, order, inverse, ends, gate, up)
         return gather_sum(ys, inverse)                                   # (N, C) combine
 
     @staticmethod
     def backward(ctx, dy):
-        x, gates, w_gate_up, w_down, order, inverse, ends, pre = ctx.saved_tensors
-        token, g = order // gates.shape[1], gates.flatten().index_select(0, order)  # (N*K) each
-        g = g.to(x.dtype)[:, None]                                       # (N*K, 1)
-        pre_gate, up = pre.chunk(2, dim=1)
-        silu = F.silu(pre_gate)                                          # (N*K, H)
-        act = silu * up                                                  # (N*K, H)
+        x, gates, w_gate, w_up, w_down, order, inverse, ends, gate, up = ctx.saved_tensors
+        token = order // gates.shape[1]                                  # (N*K)
+        g = gates.flatten()[order, None].to(x.dtype)                     # (N*K, 1)
+        silu = F.silu(gate)                                              # (N*K, H)
+        act = silu * up                                                  # (N*K, H), without g
 
         dys = dy.index_select(0, token)                                  # (N*K, C)
-        dact = grouped_mm(dys, w_down, offs=ends)                        # (N*K, H), still without g
+        dact = grouped_mm(dys, w_down, offs=ends)                        # (N*K, H), without g
         dgates = (dact * act).sum(1, dtype=gates.dtype)[inverse]         # (N, K)
-        dw_down = grouped_mm(dys.t(), act * g, offs=ends)                # (E, C, H)
+        dw_down = grouped_mm(dys.t(), act.mul_(g), offs=ends)            # (E, C, H)
 
-        dact = dact * g
-        dpre = torch.cat([torch.ops.aten.silu_backward(dact * up, pre_gate), dact * silu], dim=1)
+        dact.mul_(g)
+        dup = silu.mul_(dact)                                            # (N*K, H)
+        dgate = torch.ops.aten.silu_backward(dact.mul_(up), gate)        # (N*K, H)
         xs = x.index_select(0, token)                                    # (N*K, C)
         # each row of dW_gate_i and dW_up_i is a sum of (scalar) * x_t over the tokens of expert i,
-        # as is the router's gradient on r_i: the geometric coupling
-        dw_gate, dw_up = grouped_mm(dpre.t(), xs, offs=ends).chunk(2, dim=1)  # (E, H, C) each
-        dx = gather_sum(grouped_mm(dpre, w_gate_up, offs=ends), inverse)      # (N, C)
+        # and so is the gradient of the router row r_i: the geometric coupling
+        dw_gate = grouped_mm(dgate.t(), xs, offs=ends)                   # (E, H, C)
+        dw_up = grouped_mm(dup.t(), xs, offs=ends)                       # (E, H, C)
+        dx = gather_sum(grouped_mm(dgate, w_gate, offs=ends), inverse)   # (N, C)
+        dx = dx + gather_sum(grouped_mm(dup, w_up, offs=ends), inverse)
         return dx, dgates, dw_gate, dw_up, dw_down, None, None, None
 
 
@@ -333,5 +335,6 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
         model = SMoETransformer(config)
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not hold a model of this project ({error}).") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not hold a model of this project ({reason}).") from None
     return model, checkpoint

@@ -1322,7 +1322,8 @@ RUN_SHAPE = dict(vocab_size=320, block_size=32, n_layer=2, n_head=2, n_embd=32, 
 METRICS = (
     "perplexity load_std max_violation router_similarity router_similarity_signed "
     "coupling_spearman coupling_spearman_silu coupling_spearman_swiglu selected_ratio "
-    "alignment_matched alignment_mismatched mean_row_alignment_matched mean_row_alignment_mismatched "
+    "alignment_matched alignment_mismatched mean_row_alignment_matched "
+    "mean_row_alignment_mismatched "
     "neuron_alignment_matched neuron_alignment_mismatched").split()
 
 
