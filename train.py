@@ -210,8 +210,8 @@ def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> 
 
 
 def evaluate(model, data, autocast, c: TrainConfig, device, rank, world_size) -> dict[str, float]:
-    """Validation metrics (README.md) on eval_iters micro-batches, the same ones every time, dealt
-    out to the processes. Metrics of a layer are averaged over the layers."""
+    """Validation metrics (README.md) on eval_iters micro-batches, the same ones every time and for
+    every seed, dealt out to the processes. Metrics of a layer are averaged over the layers."""
     loads = torch.zeros(c.n_layer, c.n_expert, device=device)
 
     def counter(load):  # a forward hook that adds what a router sends where to load (E)
@@ -224,7 +224,7 @@ def evaluate(model, data, autocast, c: TrainConfig, device, rank, world_size) ->
     model.eval()
     with torch.no_grad(), autocast:
         for i in range(rank, c.eval_iters, world_size):
-            x, y = get_batch(data, "val", seed=c.seed, step=0, micro_step=i, device=device,
+            x, y = get_batch(data, "val", seed=0, step=0, micro_step=i, device=device,
                              batch_size=c.batch_size, block_size=c.block_size)
             loss += model(x, y)[1] / c.eval_iters
     model.train()
