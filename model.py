@@ -46,6 +46,9 @@ class Config:
             self.check(getattr(self, name) > 0, name, "positive")
         self.check(self.n_embd % (2 * self.n_head) == 0, "n_embd",
                    f"a multiple of 2 * n_head = {2 * self.n_head} (RoPE turns pairs within a head)")
+        for name in ("n_embd", "d_expert"):
+            self.check(getattr(self, name) % 4 == 0, name,
+                       "a multiple of 4 (grouped_mm wants rows of 16 bytes)")
         self.check(1 <= self.top_k <= self.n_expert, "top_k",
                    f"from 1 to n_expert = {self.n_expert}")
         self.check(self.router in ROUTERS, "router", f"one of {', '.join(ROUTERS)}")
@@ -110,7 +113,7 @@ class SMoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, C) -> y (B, T, C), aux_loss scalar."""
         B, T, C = x.shape
-        x = x.view(B * T, C)                                             # (N, C)
+        x = x.reshape(B * T, C)                                          # (N, C)
         indices, gates, aux_loss = self.router(x)                        # (N, K), (N, K), ()
 
         # one sort puts the N*K assignments in expert order; `inverse` leads each one back

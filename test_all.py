@@ -457,7 +457,8 @@ def test_the_compiled_model_is_one_graph_that_equals_the_eager_one(router):
 @pytest.mark.parametrize("change, field", [
     (dict(n_embd=30, n_head=4), "n_embd"), (dict(top_k=0), "top_k"), (dict(top_k=9), "top_k"),
     (dict(vocab_size=0), "vocab_size"), (dict(n_layer=-1), "n_layer"),
-    (dict(d_expert=0), "d_expert"), (dict(router="best"), "router"),
+    (dict(d_expert=0), "d_expert"), (dict(d_expert=6), "d_expert"), (dict(n_embd=34), "n_embd"),
+    (dict(router="best"), "router"),
     (dict(score_fn="tanh"), "score_fn"), (dict(ema_decay=1.0), "ema_decay"),
     (dict(ema_decay=-0.1), "ema_decay"), (dict(bias_update_rate=-1.0), "bias_update_rate"),
     (dict(aux_loss_coef=float("nan")), "aux_loss_coef"),
@@ -705,6 +706,7 @@ def run_as_script(monkeypatch, capsys, *flags):
     (["--vocab_size=64"], "pass --vocab_size=320"),
     (["--compile", "--dtype=float32"], "dtype must be bfloat16 with --compile"),
     (["--out_dir=out/none", "--resume"], "out/none/ckpt.pt is not there"),
+    (["--dtype=bfloat16", "--d_expert=12"], "multiples of 8 in bfloat16"),
     (["--seed=-1"], "seed must be from 0")])
 def test_a_bad_flag_gets_one_sentence_and_exit_code_2(flags, words, workdir, monkeypatch, capsys):
     code, err = run_as_script(monkeypatch, capsys, *TOY, *flags)
