@@ -172,8 +172,8 @@ def set_up(c: TrainConfig) -> tuple[torch.device, torch.dtype, int, int]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     bfloat16 = c.dtype == "bfloat16" or c.dtype == "auto" and (device.type == "cuda" or c.compile)
     if bfloat16 and (c.n_embd % 8 or c.d_expert % 8):
-        raise ValueError(f"n_embd = {c.n_embd} and d_expert = {c.d_expert} must be multiples of 8 in "
-                         "bfloat16 (grouped_mm wants rows of 16 bytes); pass --dtype=float32.")
+        raise ValueError(f"n_embd = {c.n_embd} and d_expert = {c.d_expert} must be multiples of 8 "
+                         "in bfloat16 (grouped_mm wants rows of 16 bytes); pass --dtype=float32.")
     return device, torch.bfloat16 if bfloat16 else torch.float32, rank, world_size
 
 
