@@ -302,8 +302,8 @@ def write_tokens(pieces, n_bytes, enc, folder, val_fraction, max_tokens):
     n, counts = {"train": 0, "val": 0}, Counter()
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val, \
             ThreadPoolExecutor() as pool, tqdm(
-                desc="encoding", total=max_tokens or n_bytes, leave=False, unit_scale=True,
-                unit=" tokens" if max_tokens else "B") as bar:
+                desc="encoding", total=max_tokens or n_bytes, leave=False, disable=None,
+                unit=" tokens" if max_tokens else "B", unit_scale=True) as bar:
         files, sha256 = {"train": train, "val": val}, {s: hashlib.sha256() for s in n}
         for batch in iter(lambda: list(islice(pieces, BATCH_PIECES)), []):
             texts = ["" if n.get(p.split) == limit.get(p.split) else p.text for p in batch]
