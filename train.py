@@ -440,7 +440,7 @@ def main(argv: list[str]) -> None:
         if evaluating:
             start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
     bar.close()
-    if master and stop:
+    if master and step < c.max_iters:
         print(f"stopped and saved at step {step}; go on with: python train.py --out_dir={out_dir} "
               "--resume")
     elif master:
