@@ -71,6 +71,7 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        # only the weights of these two are used: forward() norms q and k together
         self.q_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=1e-6)
         self.k_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=1e-6)
 
@@ -82,7 +83,8 @@ class Attention(nn.Module):
         v = qkv[2]                                                      # (B, heads, T, D)
         # q and k take the same steps, so they take them together: half the kernels
         weight = torch.stack([self.q_norm.weight, self.k_norm.weight])  # (2, D)
-        qk = F.rms_norm(qkv[:2], weight.shape[1:], eps=1e-6) * weight[:, None, None, None]
+        qk = F.rms_norm(qkv[:2], weight.shape[1:], eps=self.q_norm.eps)
+        qk = qk * weight[:, None, None, None]                           # (2, B, heads, T, D)
         q, k = rotate(qk, cos, sin).to(v.dtype)                         # (B, heads, T, D) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # (B, heads, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -165,7 +167,7 @@ class Experts(torch.autograd.Function):
         silu = F.silu(gate)                                              # (N*K, H)
         act = silu * up                                                  # (N*K, H), without g
 
-        dys = dy.index_select(0, token)                                  # (N*K, C)
+        dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
         dact = grouped_mm(dys, w_down, offs=ends)                        # (N*K, H), without g
         dgates = (dact * act).sum(1, dtype=gates.dtype)[inverse]         # (N, K)
         dw_down = grouped_mm(dys.t(), act.mul_(g), offs=ends)            # (E, C, H)
@@ -186,7 +188,8 @@ class Experts(torch.autograd.Function):
 def gather_sum(rows: Tensor, inverse: Tensor) -> Tensor:
     """rows (N*K, C), inverse (N, K) -> (N, C): to each token the sum of its K rows."""
     if torch.compiler.is_compiling():
-        return rows[inverse].sum(1)  # the compiler fuses the gather into the sum
+        # the compiler fuses the gather into the sum; dtype, or autocast on CUDA makes it float32
+        return rows[inverse].sum(1, dtype=rows.dtype)
     return F.embedding_bag(inverse, rows, mode="sum")  # the same, without a second (N*K, C)
 
 
@@ -320,7 +323,8 @@ def read_checkpoint(path) -> dict:
     missing, damaged or foreign file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        checkpoint["model"], checkpoint["config"]
+        for key in ("model", "optimizer", "step", "config", "best_loss", "data_sha256", "rng"):
+            checkpoint[key]
     except FileNotFoundError:
         raise ValueError(f"{path} is not there; train a model first.") from None
     except Exception as error:  # a damaged file can raise nearly anything

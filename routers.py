@@ -54,7 +54,7 @@ class Router(nn.Module):
             logits = self.logits(x)                          # (N, E)
             with torch.no_grad():                            # a selection has no gradient
                 indices = self.select(self.squash(logits))   # (N, K)
-                # (N, E), 1 where the token goes: a row's experts differ, so nothing is added twice
+                # (N, E), 1 where the token goes; a row's experts differ: no entry is written twice
                 assigned = torch.zeros_like(logits).scatter_(1, indices, 1.0)
                 if self.training:
                     self.count(x, assigned)
@@ -63,7 +63,8 @@ class Router(nn.Module):
 
     def scores(self, x: Tensor) -> Tensor:
         """x (N, C) -> how well each expert fits each token (N, E), before any bias."""
-        return self.squash(self.logits(x.float()))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.squash(self.logits(x.float()))
 
     def squash(self, logits: Tensor) -> Tensor:
         return logits
@@ -109,8 +110,8 @@ def update_routers(routers: list[Router]) -> None:
 def bias_step(bias: Tensor, load: Tensor, rate: float) -> None:
     """b_i += rate * sign(mean(load) - load_i)                      (arXiv 2408.15664, algorithm 1)
 
-    Only the sign of the error: the step is the same whatever the batch, and b stays on the scale of
-    the scores. An expert that got too few tokens becomes a little easier to select."""
+    Only the sign of the error, so the step does not depend on the size of the batch; `rate` must
+    suit the scale of the scores. An expert that got too few tokens becomes easier to select."""
     bias += rate * (load.mean() - load).sign()  # (E)
 
 
@@ -123,7 +124,8 @@ class LearnedRouter(Router):
 
     The gates are normalised over S, so the language-model loss has a gradient on the selected rows
     only. For one token that gradient is (scalar) * x, and so are those of the neuron rows of the
-    selected expert's W_gate and W_up: router and expert add up the same tokens. The coupling."""
+    selected expert's W_gate and W_up: router and expert add up the same tokens. The coupling.
+    With K = 1 the gate is always 1 and that gradient 0: such a row never learns from the loss."""
 
     def __init__(self, config):
         super().__init__(config)

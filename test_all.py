@@ -288,10 +288,12 @@ def test_in_eval_mode_nothing_moves(router):
 def test_routers_work_in_float32_under_bfloat16_autocast(router):
     router = make_layer(router=router).router
     x = torch.randn(50, 32)
-    expected = router(x)
+    expected, scores = router(x), router.scores(x)
     with torch.autocast("cpu", torch.bfloat16):
         got = router(x)
     assert got.gates.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(router.scores(x), scores)
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 

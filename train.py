@@ -9,6 +9,7 @@
 Every field of TrainConfig below is a flag: --name=value. A run writes out/<run>/log.jsonl and
 out/<run>/ckpt.pt; SIGINT (Ctrl-C) and SIGTERM finish the step and save."""
 import argparse
+import ctypes
 import inspect
 import json
 import math
@@ -101,7 +102,7 @@ FIXED = ("config", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n
 
 PEAK_BF16 = {  # dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name
     "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-    "L40S": 362e12, "L4": 121e12, "4090": 165e12, "5090": 210e12, "MI300X": 1307e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12, "5090": 210e12, "MI300X": 1307e12,
 }
 
 
@@ -168,6 +169,10 @@ def set_up(c: TrainConfig) -> tuple[torch.device, torch.dtype, int, int]:
             raise ValueError(f"device {device} is not there: torch {torch.__version__} sees "
                              f"{torch.cuda.device_count()} CUDA devices; pass --device=cpu.")
         torch.cuda.set_device(device)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
+    if hasattr(libc, "mallopt"):  # glibc: keep freed memory instead of handing it to the kernel at
+        libc.mallopt(-1, 2**31 - 1)  # each step to get it back zeroed, page by page: 13 % of a step
+        libc.mallopt(-3, 2**25)      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
     if world_size > 1:  # gradients travel over nccl, the request to stop over gloo, off the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     bfloat16 = c.dtype == "bfloat16" or c.dtype == "auto" and (device.type == "cuda" or c.compile)
@@ -195,7 +200,8 @@ def learning_rate(step: int, c: TrainConfig) -> float:
 
 def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> torch.Tensor:
     """One optimizer step over this process's micro-batches [(x, y)] -> (2) mean loss and aux_loss.
-    Nothing in it waits for the device: a GPU's queue never runs dry."""
+    Nothing in it waits for the device, so a GPU's queue never runs dry, where grouped_mm has a
+    kernel of its own (bfloat16 on Hopper and Blackwell); elsewhere it reads `ends` on the host."""
     losses = []
     for i, (x, y) in enumerate(batches):
         if isinstance(model, DDP):  # the gradients travel once a step, with the last micro-batch
@@ -255,8 +261,10 @@ def save_checkpoint(path: Path, **state) -> None:
                       f"last good checkpoint, if any: {error}") from error
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """The data-sheet bf16 FLOP/s of the device; None where there is no entry."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The data-sheet bf16 FLOP/s of the device; None where there is no entry, or in float32."""
+    if dtype != torch.bfloat16:
+        return None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
 
@@ -264,6 +272,8 @@ def peak_flops(device: torch.device) -> float | None:
 def bench(c: TrainConfig, steps: int = 10) -> None:
     """Trains on synthetic tokens and prints speed and memory. The dense product timed in the same
     run tells what this device, as busy as it is now, could do at best."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--bench measures one device; start it with python, not torchrun.")
     device, dtype, _, _ = set_up(c)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
 
@@ -289,14 +299,15 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
     else:
         import resource  # of Unix alone
         hardware = f"CPU, {torch.get_num_threads()} threads"
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     seconds(lambda: a @ b, 3)
     dense = 2 * n**3 / seconds(lambda: a @ b, 10)
 
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
-    flops, peak = tokens * model.flops_per_token() / t, peak_flops(device)
+    flops, peak = tokens * model.flops_per_token() / t, peak_flops(device, dtype)
     total, active = model.num_params()
     print(f"{hardware}, torch {torch.__version__}, {dtype}{', compiled' if c.compile else ''}")
     print(f"{c.config}, {c.router}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active, "
@@ -309,12 +320,15 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
 
 def finish(model, data, metrics, autocast, c: TrainConfig) -> None:
     """A sample that starts a new document, and the run in three lines."""
-    tokenizer = get_tokenizer(data.meta["tokenizer"]["name"])
-    idx = torch.tensor([[tokenizer.eot_token]], device=model.embed.weight.device)
-    with autocast:
-        ids = model.generate(idx, 200, temperature=0.8)[0, 1:].tolist()
-    text = tokenizer.decode([i for i in ids if i < tokenizer.eot_token])  # padding ids have no text
-    print("".join(ch if ch.isprintable() or ch == "\n" else " " for ch in text))
+    try:
+        tokenizer = get_tokenizer(data.meta["tokenizer"]["name"])
+        idx = torch.tensor([[tokenizer.eot_token]], device=model.embed.weight.device)
+        with autocast:
+            ids = model.generate(idx, 200, temperature=0.8)[0, 1:].tolist()
+        text = tokenizer.decode([i for i in ids if i < tokenizer.eot_token])  # padding has no text
+        print("".join(ch if ch.isprintable() or ch == "\n" else " " for ch in text))
+    except ValueError as error:  # a node without network may lack the vocabulary
+        print(f"No sample: {error}")
     collapsed = (1 / c.top_k / c.n_expert - 1 / c.n_expert**2) ** 0.5
     print("-" * 80)
     print(f"validation perplexity {metrics['perplexity']:.3f} a token "
@@ -383,7 +397,7 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
 
-    peak, flops_per_token = peak_flops(device), raw_model.flops_per_token()
+    peak, flops_per_token = peak_flops(device, dtype), raw_model.flops_per_token()
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
     micro_steps = c.gradient_accumulation_steps // world_size
     stop, metrics = False, {}
@@ -416,6 +430,7 @@ def main(argv: list[str]) -> None:
                   "mfu": speed * flops_per_token / (peak * world_size) if peak else None}
         bar.set_postfix(loss=f"{train_loss:.3f}")
         if evaluating:
+            # the model that is not compiled: evaluation is rare, and need not compile again
             metrics = evaluate(raw_model, data, autocast, c, device, rank, world_size)
             record |= metrics
             best_loss = min(best_loss, metrics["val_loss"])
@@ -437,15 +452,15 @@ def main(argv: list[str]) -> None:
                     checkpoint_path, model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                     step=step, config=asdict(c) | {"resume": False, "overwrite": False},
                     best_loss=best_loss, data_sha256=data_sha256, rng=torch.get_rng_state())
-        if evaluating:
-            start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
+        start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
     bar.close()
     if master and step < c.max_iters:
         print(f"stopped and saved at step {step}; go on with: python train.py --out_dir={out_dir} "
               "--resume")
     elif master:
         finish(raw_model, data, metrics, autocast, c)
-    if world_size > 1:
+    if world_size > 1:  # together: a process that leaves early can take gloo's threads down with it
+        dist.barrier()
         dist.destroy_process_group()
 
 
