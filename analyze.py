@@ -33,6 +33,7 @@ from prepare_data import get_batch, open_dataset
 ROUTER_STYLES = {  # Okabe-Ito colours; lines, markers and hatches tell them apart in grey
     "aux": ("#E69F00", "--", "s", "//"), "lossfree": ("#0072B2", "-", "o", ""),
     "kmeans": ("#009E73", "-.", "^", "xx"), "none": ("#000000", ":", "D", "..")}
+OWN_STYLE = ("#CC79A7", (0, (5, 1)), "v", "\\\\")  # of a router that is not one of these four
 PAPER_STD = {"aux": 0.015, "lossfree": 0.018, "kmeans": 0.008}  # load imbalance of its 1B models
 # settings that make no other experiment: runs that differ in nothing else are seeds of one group
 INCIDENTAL = {"seed", "out_dir", "device", "compile", "resume", "overwrite", "bench",
@@ -194,7 +195,9 @@ def router_gradients(model, idx: Tensor, targets: Tensor) -> list:
     experts (N, K), and x (N, C). Leaves no gradient in the model."""
     with watch(model.routers()) as seen:
         _, loss, aux_loss = model(idx, targets)
-    gradients = torch.autograd.grad(loss + aux_loss, [logits for _, logits, _ in seen])
+    gradients = torch.autograd.grad(  # a router may send none: its gates need not use the logits
+        loss + aux_loss, [logits for _, logits, _ in seen], allow_unused=True,
+        materialize_grads=True)
     return [(g, routing.indices, x.detach()) for g, (x, _, routing) in zip(gradients, seen)]
 
 
@@ -399,9 +402,11 @@ class Group(NamedTuple):
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
-    """In the order aux, lossfree, kmeans, none. A label names the router, and of preset, data set
-    and as many other settings as it takes, what is not the most common value."""
-    routers, found = list(ROUTER_STYLES), {}
+    """In the order aux, lossfree, kmeans, none, others. A label names the router, and of preset,
+    data set and as many other settings as it takes, what is not the most common value."""
+    names = [run.config["router"] for run in runs]
+    styles = ROUTER_STYLES | {name: OWN_STYLE for name in names if name not in ROUTER_STYLES}
+    routers, found = list(styles), {}
     for run in runs:
         settings = {key: value for key, value in run.config.items() if key not in INCIDENTAL}
         key = json.dumps(settings, sort_keys=True, default=str)
@@ -422,8 +427,8 @@ def group_runs(runs: list[Run]) -> list[Group]:
     for label, (settings, members) in zip(labels, found):
         at = routers.index(settings["router"])
         twins = sum(group.settings["router"] == settings["router"] for group in groups)
-        color = ROUTER_STYLES[settings["router"]][0]  # twins share the colour, not the line
-        linestyle, marker, hatch = ROUTER_STYLES[routers[(at + twins) % len(routers)]][1:]
+        color = styles[settings["router"]][0]  # twins share the colour, not the line
+        linestyle, marker, hatch = styles[routers[(at + twins) % len(routers)]][1:]
         line = {"color": color, "linestyle": linestyle, "marker": marker, "markersize": 4,
                 "markerfacecolor": color if twins < len(routers) else "white"}
         short = label if roomy else chr(ord("A") + len(groups))

@@ -1789,3 +1789,6 @@ def test_the_readmes_router_of_your_own_trains(workdir, monkeypatch):
     exec(compile(code, "my_router.py", "exec"), {"__name__": "__main__"})
     assert read_log("out/hash")[-1]["step"] == 6
     assert len(code.splitlines()) <= 25
+    analyze.main(["out/hash", "--tokens=64"])  # the README: with my_router imported
+    metrics = json.loads(Path("out/analysis/metrics.json").read_text())["hash"]
+    assert metrics["unrouted_gradient_share"] is None and metrics["perplexity"] > 0
