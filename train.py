@@ -169,10 +169,8 @@ def set_up(c: TrainConfig) -> tuple[torch.device, torch.dtype, int, int]:
             raise ValueError(f"device {device} is not there: torch {torch.__version__} sees "
                              f"{torch.cuda.device_count()} CUDA devices; pass --device=cpu.")
         torch.cuda.set_device(device)
-    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
-    if hasattr(libc, "mallopt"):  # glibc: keep freed memory instead of handing it to the kernel at
-        libc.mallopt(-1, 2**31 - 1)  # each step to get it back zeroed, page by page: 13 % of a step
-        libc.mallopt(-3, 2**25)      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
+    else:
+        tune_cpu()
     if world_size > 1:  # gradients travel over nccl, the request to stop over gloo, off the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     bfloat16 = c.dtype == "bfloat16" or c.dtype == "auto" and (device.type == "cuda" or c.compile)
@@ -180,6 +178,17 @@ def set_up(c: TrainConfig) -> tuple[torch.device, torch.dtype, int, int]:
         raise ValueError(f"n_embd = {c.n_embd} and d_expert = {c.d_expert} must be multiples of 8 "
                          "in bfloat16 (grouped_mm wants rows of 16 bytes); pass --dtype=float32.")
     return device, torch.bfloat16 if bfloat16 else torch.float32, rank, world_size
+
+
+def tune_cpu() -> None:
+    """Settings of the libraries below torch, for a model that allocates and routes at each step."""
+    # bfloat16: oneDNN compiles a kernel (1 ms, 1 MB) for each number of rows that an expert gets.
+    # It keeps 1024, then compiles the same ones again and again: `tiny` was a third slower
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # glibc: keep freed memory instead of handing it to the kernel at
+        libc.mallopt(-1, 2**31 - 1)  # each step to get it back zeroed, page by page: 13 % of a step
+        libc.mallopt(-3, 2**25)      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
 
 
 def make_optimizer(model: SMoETransformer, c: TrainConfig) -> torch.optim.AdamW:
@@ -322,13 +331,14 @@ def finish(model, data, metrics, autocast, c: TrainConfig) -> None:
     """A sample that starts a new document, and the run in three lines."""
     try:
         tokenizer = get_tokenizer(data.meta["tokenizer"]["name"])
+    except ValueError as error:  # a node without network may lack the vocabulary
+        print(f"No sample: {error}")
+    else:
         idx = torch.tensor([[tokenizer.eot_token]], device=model.embed.weight.device)
         with autocast:
             ids = model.generate(idx, 200, temperature=0.8)[0, 1:].tolist()
         text = tokenizer.decode([i for i in ids if i < tokenizer.eot_token])  # padding has no text
         print("".join(ch if ch.isprintable() or ch == "\n" else " " for ch in text))
-    except ValueError as error:  # a node without network may lack the vocabulary
-        print(f"No sample: {error}")
     collapsed = (1 / c.top_k / c.n_expert - 1 / c.n_expert**2) ** 0.5
     print("-" * 80)
     print(f"validation perplexity {metrics['perplexity']:.3f} a token "
