@@ -101,8 +101,9 @@ FIXED = ("config", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n
          "d_expert", "router", "score_fn", "dataset")
 
 PEAK_BF16 = {  # dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name
-    "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12, "5090": 210e12, "MI300X": 1307e12,
+    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
+    "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12,
+    "5090": 210e12, "MI300X": 1307e12,
 }
 
 
@@ -191,6 +192,13 @@ def tune_cpu() -> None:
         libc.mallopt(-3, 2**25)      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
 
 
+def compiled(model: torch.nn.Module):
+    """torch.compile, with a backward pass outside autocast, as it is without the compiler. Traced
+    under the forward's autocast, the router's gradient would go through bfloat16 products."""
+    torch._functorch.config.backward_pass_autocast = "off"
+    return torch.compile(model)
+
+
 def make_optimizer(model: SMoETransformer, c: TrainConfig) -> torch.optim.AdamW:
     """AdamW in one fused kernel, on the CPU too; weight decay on matrices alone."""
     groups = [
@@ -210,13 +218,13 @@ def learning_rate(step: int, c: TrainConfig) -> float:
 def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> torch.Tensor:
     """One optimizer step over this process's micro-batches [(x, y)] -> (2) mean loss and aux_loss.
     Nothing in it waits for the device, so a GPU's queue never runs dry, where grouped_mm has a
-    kernel of its own (bfloat16 on Hopper and Blackwell); elsewhere it reads `ends` on the host."""
+    kernel of its own (bfloat16 on H100, H200, B200); elsewhere it reads `ends` on the host."""
     losses = []
     for i, (x, y) in enumerate(batches):
         if isinstance(model, DDP):  # the gradients travel once a step, with the last micro-batch
             model.require_backward_grad_sync = i == len(batches) - 1
         with autocast:
-            _, loss, aux_loss = model(x, y)
+            loss, aux_loss = model(x, y)[1:]  # the logits are large: no name keeps them alive
         ((loss + aux_loss) / len(batches)).backward()
         losses.append(torch.stack([loss, aux_loss]).detach())
     if c.grad_clip:
@@ -298,7 +306,7 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
 
     torch.manual_seed(c.seed)
     model = SMoETransformer(c).to(device)
-    run, optimizer = torch.compile(model) if c.compile else model, make_optimizer(model, c)
+    run, optimizer = compiled(model) if c.compile else model, make_optimizer(model, c)
     batches = list(torch.randint(c.vocab_size, device=device, size=(
         c.gradient_accumulation_steps, 2, c.batch_size, c.block_size)))
     step = lambda: train_step(run, model.routers(), optimizer, batches, autocast, c)
@@ -381,9 +389,10 @@ def main(argv: list[str]) -> None:
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
         step, best_loss = checkpoint["step"], checkpoint["best_loss"]
-    model = torch.compile(raw_model) if c.compile else raw_model
+    model = compiled(raw_model) if c.compile else raw_model
     if world_size > 1:  # the routers combine their own statistics: rank 0's must not overwrite them
-        model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True,
+                    bucket_cap_mb=256)  # a layer of 1b: the compiler cuts its graph at the buckets
 
     # files: rank 0 writes them; the log forgets what came after the checkpoint
     master = rank == 0
