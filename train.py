@@ -53,7 +53,7 @@ class TrainConfig(Config):
     grad_clip: float = 1.0                # largest norm of the gradient; 0: no clipping
     seed: int = 1                         # of the weights and of the batches
     device: str = "auto"                  # auto, cpu, cuda or cuda:N
-    dtype: str = "auto"                   # auto, float32 or bfloat16 (autocast)
+    dtype: str = "auto"                   # auto (bfloat16 on CUDA or compiled), float32 or bfloat16
     compile: bool = False                 # torch.compile; needs bfloat16
     resume: bool = False                  # go on with the run in out_dir, with its settings
     overwrite: bool = False               # start anew where out_dir already holds a run
@@ -177,7 +177,8 @@ def set_up(c: TrainConfig) -> tuple[torch.device, torch.dtype, int, int]:
     bfloat16 = c.dtype == "bfloat16" or c.dtype == "auto" and (device.type == "cuda" or c.compile)
     if bfloat16 and (c.n_embd % 8 or c.d_expert % 8):
         raise ValueError(f"n_embd = {c.n_embd} and d_expert = {c.d_expert} must be multiples of 8 "
-                         "in bfloat16 (grouped_mm wants rows of 16 bytes); pass --dtype=float32.")
+                         "in bfloat16 (grouped_mm wants rows of 16 bytes); pass --dtype=float32 "
+                         "--compile=False.")
     return device, torch.bfloat16 if bfloat16 else torch.float32, rank, world_size
 
 
@@ -392,7 +393,7 @@ def main(argv: list[str]) -> None:
     model = compiled(raw_model) if c.compile else raw_model
     if world_size > 1:  # the routers combine their own statistics: rank 0's must not overwrite them
         model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True,
-                    bucket_cap_mb=256)  # a layer of 1b: the compiler cuts its graph at the buckets
+                    bucket_cap_mb=200)  # a layer of 1b: the compiler cuts its graph at the buckets
 
     # files: rank 0 writes them; the log forgets what came after the checkpoint
     master = rank == 0
