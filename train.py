@@ -171,7 +171,7 @@ def set_up(c: TrainConfig) -> tuple[torch.device, torch.dtype, int, int]:
                              f"{torch.cuda.device_count()} CUDA devices; pass --device=cpu.")
         torch.cuda.set_device(device)
     else:
-        tune_cpu()
+        keep_freed_memory()
     if world_size > 1:  # gradients travel over nccl, the request to stop over gloo, off the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     bfloat16 = c.dtype == "bfloat16" or c.dtype == "auto" and (device.type == "cuda" or c.compile)
@@ -182,15 +182,13 @@ def set_up(c: TrainConfig) -> tuple[torch.device, torch.dtype, int, int]:
     return device, torch.bfloat16 if bfloat16 else torch.float32, rank, world_size
 
 
-def tune_cpu() -> None:
-    """Settings of the libraries below torch, for a model that allocates and routes at each step."""
-    # bfloat16: oneDNN compiles a kernel (1 ms, 1 MB) for each number of rows that an expert gets.
-    # It keeps 1024, then compiles the same ones again and again: `tiny` was a third slower
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
+def keep_freed_memory() -> None:
+    """glibc: keep freed memory instead of handing it to the kernel at each step, to get it back
+    zeroed, page by page: 13 % of a step on a CPU."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # glibc: keep freed memory instead of handing it to the kernel at
-        libc.mallopt(-1, 2**31 - 1)  # each step to get it back zeroed, page by page: 13 % of a step
-        libc.mallopt(-3, 2**25)      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD and
+        libc.mallopt(-3, 2**25)      # M_MMAP_THRESHOLD in malloc.h
 
 
 def compiled(model: torch.nn.Module):
