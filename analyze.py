@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from model import load_balance, load_checkpoint, router_similarity
-from prepare_data import get_batch, open_dataset
+from model import load_balance, load_checkpoint, router_cosines, router_similarity
+from prepare_data import Parser, get_batch, open_dataset
 
 ROUTER_STYLES = {  # Okabe-Ito colours; lines, markers and hatches tell them apart in grey
     "aux": ("#E69F00", "--", "s", "//"), "lossfree": ("#0072B2", "-", "o", ""),
@@ -99,8 +99,8 @@ def selected_ratio(activations: Tensor, indices: Tensor) -> Tensor:
 
 def signed_similarity(directions: Tensor) -> Tensor:
     """directions (E, C) -> mean over the pairs i < j of cos(r_i, r_j); nan for one expert."""
-    E, unit = len(directions), F.normalize(directions.float(), dim=-1)
-    return (unit @ unit.t()).triu(diagonal=1).sum() / (E * (E - 1) // 2 or math.nan)
+    E = len(directions)
+    return router_cosines(directions).triu(diagonal=1).sum() / (E * (E - 1) // 2 or math.nan)
 
 
 def chance_similarity(C: int) -> float:
@@ -281,7 +281,7 @@ def measure_run(folder: Path, name: str, tokens: int, device: str) -> Run:
     them. In float32 and eval mode: nothing moves. Raises ValueError for a run that cannot be
     measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
-    c, step = model.config, checkpoint.get("step")
+    c, step = model.config, checkpoint["step"]
     config = asdict(c) | checkpoint["config"] | {"step": step}
     if "dataset" not in config:
         raise ValueError("its checkpoint does not name the dataset; train it again.")
@@ -291,7 +291,7 @@ def measure_run(folder: Path, name: str, tokens: int, device: str) -> Run:
     evaluations, sha256 = read_evaluations(folder / "log.jsonl"), data.meta["sha256"]
     notes = [] if evaluations else [f"{folder}/log.jsonl holds no evaluation, so the run is "
                                     "missing in training.png."]
-    if checkpoint.get("data_sha256") != sha256.get("train.bin"):
+    if checkpoint["data_sha256"] != sha256["train.bin"]:
         notes += [f"data/{config['dataset']} is not the data that {folder} was trained on: the run "
                   "may have seen some of the validation tokens in training."]
 
@@ -314,17 +314,17 @@ def measure_run(folder: Path, name: str, tokens: int, device: str) -> Run:
 
     metrics = {"router": c.router, "seed": config.get("seed"), "step": step,
                "dataset": config["dataset"], "tokenizer": data.meta["tokenizer"]["name"],
-               "val_sha256": sha256.get("val.bin"), "tokens": n_sequences * c.block_size,
+               "val_sha256": sha256["val.bin"], "tokens": n_sequences * c.block_size,
                "n_params": model.num_params()[0], "n_params_active": model.num_params()[1],
                "perplexity": loss.exp(), "router_similarity_chance": chance_similarity(c.n_embd)}
     for key in layers[0]:
         by_layer = torch.stack([layer[key].double().cpu() for layer in layers])  # (n_layer, ...)
         metrics[key], metrics[f"{key}_by_layer"] = by_layer.nanmean(0), by_layer
-    unit = F.normalize(model.routers()[c.n_layer // 2].directions.detach().float(), dim=-1)
-    identity = {part: torch.cat([cosines[part].flatten() for cosines in identities]).cpu().numpy()
+    cosines = router_cosines(model.routers()[c.n_layer // 2].directions)
+    identity = {part: torch.cat([layer[part].flatten() for layer in identities]).cpu().numpy()
                 for part in identities[0]}
     return Run(name, config, {key: to_json(value) for key, value in metrics.items()}, evaluations,
-               (unit @ unit.t()).cpu().numpy(), identity, notes)
+               cosines.cpu().numpy(), identity, notes)
 
 
 # ---------------------------------------------------------------- the table
@@ -657,11 +657,6 @@ def draw_figures(runs: list[Run], out_dir: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------- command line
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; see python analyze.py --help.")
-
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(allow_abbrev=False, description=__doc__,

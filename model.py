@@ -315,11 +315,16 @@ def load_balance(load: Tensor) -> tuple[Tensor, Tensor]:
     return f.std(-1, correction=0), f.shape[-1] * f.amax(-1) - 1
 
 
+def router_cosines(directions: Tensor) -> Tensor:
+    """directions r (E, C) -> cos(r_i, r_j) (E, E), without gradient."""
+    unit = F.normalize(directions.detach().float(), dim=-1)              # (E, C)
+    return unit @ unit.t()
+
+
 def router_similarity(directions: Tensor) -> Tensor:
     """directions (E, C) -> mean |cos| over the pairs i < j. Chance level: sqrt(2 / (pi C))."""
     E = len(directions)
-    unit = F.normalize(directions.detach().float(), dim=-1)
-    return (unit @ unit.t()).abs().triu(diagonal=1).sum() / max(1, E * (E - 1) // 2)
+    return router_cosines(directions).abs().triu(diagonal=1).sum() / max(1, E * (E - 1) // 2)
 
 
 def read_checkpoint(path) -> dict:

@@ -363,7 +363,8 @@ def open_dataset(folder, block_size, vocab_size):
         if not all(type(meta[key]) is kind for key, kind in META.items()):
             raise TypeError("a value of another type")
         dtype = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
-        meta["tokenizer"]["name"]  # what get_tokenizer will need
+        # what get_tokenizer and a run's check of its data will need
+        meta["tokenizer"]["name"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}/meta.json is damaged or not from prepare_data.py ({error!r}): "
                          f"run {again}.") from error
@@ -409,8 +410,10 @@ def get_batch(data, split, *, seed, step, micro_step=0, rank=0, world_size=1, ba
 # ---------------------------------------------------------------- command line
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one sentence in place of the usage text
-        self.exit(2, f"{self.prog}: {message}; --help lists the flags.\n")
+    """Of all three scripts: a wrong flag is a ValueError of one sentence, not the usage text."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; python {self.prog} --help lists the flags.")
 
 
 def main():
@@ -429,7 +432,7 @@ def main():
     try:
         prepare(**vars(parser.parse_args()))
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(f"prepare_data.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("Interrupted: nothing was changed.", file=sys.stderr)

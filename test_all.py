@@ -707,9 +707,12 @@ def test_overwrite_starts_anew_in_a_directory_that_holds_a_run(workdir):
     assert len(read_log("out/a")) == 2 and read_checkpoint("out/a/ckpt.pt")["step"] == 2
 
 
-def torchrun(processes, code, workdir, *flags):
-    """`code`, then a training with each router in turn, in several processes, which start once."""
-    (workdir / "several.py").write_text(f"""import sys
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+
+
+def train_in_processes(n, code, *flags):
+    """`code`, then a training with each router in turn, in n processes, which start once."""
+    Path("several.py").write_text(f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
 from torch import distributed as dist
@@ -721,15 +724,14 @@ for router in {BALANCED}:
     train.main([*sys.argv[1:], f"--router={{router}}", f"--out_dir=out/several-{{router}}"])
 stop()
 """)
-    return python("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                  "several.py", *TOY, *flags)
+    return python(*TORCHRUN, f"--nproc_per_node={n}", "several.py", *TOY, *flags)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_equal_one_for_all_routers(processes, workdir):
     """The same gradient_accumulation_steps, so the same batches: losses, weights and router state
     agree up to the order of float sums."""
-    done = torchrun(processes, "", workdir, "--gradient_accumulation_steps=4")
+    done = train_in_processes(processes, "", "--gradient_accumulation_steps=4")
     assert done.returncode == 0, done.stderr
     for router in BALANCED:
         run_train(f"--router={router}", f"--out_dir=out/{router}",
@@ -745,13 +747,13 @@ def test_compiled_processes_equal_one_that_is_not_compiled_for_all_routers(workd
     Back end and tolerance as in test_the_compiled_model_is_one_graph_that_equals_the_eager_one."""
     shape = ["--n_embd=64", "--d_expert=128", "--n_layer=3", "--gradient_accumulation_steps=2",
              "--dtype=bfloat16", "--max_iters=3"]
-    done = torchrun(2, """
+    done = train_in_processes(2, """
 import functools
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
 class DDP(train.DDP):
     def __init__(self, model, **kwargs):
         super().__init__(model, **kwargs | {"bucket_cap_mb": 1})
-train.DDP = DDP""", workdir, "--compile", *shape)
+train.DDP = DDP""", "--compile", *shape)
     assert done.returncode == 0, done.stderr
     for router in BALANCED:
         run_train(f"--router={router}", f"--out_dir=out/{router}", *shape)
@@ -773,11 +775,10 @@ def test_a_run_on_the_gpu_resumes_there_and_loads_on_a_cpu(workdir):
 
 
 def test_sigterm_to_torchrun_saves_once_and_the_run_can_go_on(workdir):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                ROOT / "train.py"]
     flags = [*TOY, "--out_dir=out/a", "--gradient_accumulation_steps=2", "--max_iters=100000"]
-    process = subprocess.Popen([*map(str, torchrun), *flags], stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *TORCHRUN, "--nproc_per_node=2", ROOT / "train.py", *flags],
+        stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not Path("out/a/ckpt.pt").exists() and time.time() < deadline:
         time.sleep(0.2)
@@ -788,13 +789,21 @@ def test_sigterm_to_torchrun_saves_once_and_the_run_can_go_on(workdir):
     assert read_checkpoint("out/a/ckpt.pt")["step"] == step == read_log("out/a")[-1]["step"]
 
 
-def run_as_script(monkeypatch, capsys, *flags):
-    """python train.py FLAGS -> (exit code, stderr), without the cost of a new interpreter."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    return stop.value.code, capsys.readouterr().err
+def run_script(name, *flags, cwd="."):
+    """python NAME FLAGS in the folder `cwd`, without the seconds that a process takes to import
+    torch."""
+    out, err, before, code = io.StringIO(), io.StringIO(), os.getcwd(), 0
+    script = str(ROOT / name)
+    os.chdir(cwd)
+    try:
+        with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+              mock.patch.object(sys, "argv", [script, *map(str, flags)])):
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        os.chdir(before)
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -817,46 +826,49 @@ def run_as_script(monkeypatch, capsys, *flags):
     (["--out_dir=out/none", "--resume"], "out/none/ckpt.pt is not there"),
     (["--dtype=bfloat16", "--d_expert=12"], "multiples of 8 in bfloat16"),
     (["--seed=-1"], "seed must be from 0")])
-def test_a_bad_flag_gets_one_sentence_and_exit_code_2(flags, words, workdir, monkeypatch, capsys):
-    code, err = run_as_script(monkeypatch, capsys, *TOY, *flags)
-    assert code == 2 and words in err and err.count("\n") == 1 and err.startswith("train.py: ")
+def test_a_bad_flag_gets_one_sentence_and_exit_code_2(flags, words, workdir):
+    done = run_script("train.py", *TOY, *flags)
+    assert done.returncode == 2 and words in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: ")
     assert not Path("out").exists()
 
 
-def test_a_directory_that_holds_a_run_is_refused_and_kept(workdir, monkeypatch, capsys):
+def test_a_directory_that_holds_a_run_is_refused_and_kept(workdir):
     run_train("--out_dir=out/a")
     before = Path("out/a/log.jsonl").read_bytes()
-    code, err = run_as_script(monkeypatch, capsys, *TOY, "--out_dir=out/a")
-    assert code == 2 and "already holds a run" in err
+    done = run_script("train.py", *TOY, "--out_dir=out/a")
+    assert done.returncode == 2 and "already holds a run" in done.stderr
     assert Path("out/a/log.jsonl").read_bytes() == before
 
 
-def test_resume_of_a_finished_run_says_how_to_go_on(workdir, monkeypatch, capsys):
+def test_resume_of_a_finished_run_says_how_to_go_on(workdir):
     run_train("--out_dir=out/a")
-    code, err = run_as_script(monkeypatch, capsys, "--out_dir=out/a", "--resume")
-    assert code == 2 and "has done all its 6 steps; pass a larger --max_iters" in err
+    done = run_script("train.py", "--out_dir=out/a", "--resume")
+    assert done.returncode == 2
+    assert "has done all its 6 steps; pass a larger --max_iters" in done.stderr
 
 
 @pytest.mark.parametrize("flag, words", [
     ("--n_layer=3", "n_layer = 2"), ("--router=aux", "router = 'kmeans'"),
     ("--dataset=other", "dataset = 'toy'"), ("--config=small", "config = 'tiny'")])
-def test_resume_refuses_another_shape_router_or_data_set(flag, words, workdir, monkeypatch, capsys):
+def test_resume_refuses_another_shape_router_or_data_set(flag, words, workdir):
     run_train("--out_dir=out/a")
-    code, err = run_as_script(monkeypatch, capsys, "--out_dir=out/a", "--resume", flag)
-    assert code == 2 and f"was trained with {words}" in err and err.count("\n") == 1
+    done = run_script("train.py", "--out_dir=out/a", "--resume", flag)
+    assert done.returncode == 2
+    assert f"was trained with {words}" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_resume_refuses_data_that_were_prepared_from_another_corpus(workdir, monkeypatch, capsys):
+def test_resume_refuses_data_that_were_prepared_from_another_corpus(workdir):
     run_train("--out_dir=out/a")
     Path("data").unlink()
     Path("other.txt").write_text("another text, of some length\n" * 200)
     prepare("other.txt", name="toy")
-    code, err = run_as_script(monkeypatch, capsys, "--out_dir=out/a", "--resume", "--max_iters=9")
-    assert code == 2 and "data/toy is not the data" in err
+    done = run_script("train.py", "--out_dir=out/a", "--resume", "--max_iters=9")
+    assert done.returncode == 2 and "data/toy is not the data" in done.stderr
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign"])
-def test_a_damaged_or_foreign_checkpoint_gets_one_sentence(damage, workdir, monkeypatch, capsys):
+def test_a_damaged_or_foreign_checkpoint_gets_one_sentence(damage, workdir):
     run_train("--out_dir=out/a")
     path = Path("out/a/ckpt.pt")
     whole = path.read_bytes()
@@ -865,8 +877,9 @@ def test_a_damaged_or_foreign_checkpoint_gets_one_sentence(damage, workdir, monk
     else:
         half = whole[:len(whole) // 2]
         path.write_bytes({"truncated": half, "empty": b"", "text": b"hello"}[damage])
-    code, err = run_as_script(monkeypatch, capsys, "--out_dir=out/a", "--resume")
-    assert code == 2 and "is damaged or not a checkpoint" in err and err.count("\n") == 1
+    done = run_script("train.py", "--out_dir=out/a", "--resume")
+    assert done.returncode == 2
+    assert "is damaged or not a checkpoint" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_help_names_every_field_with_its_comment_and_default(capsys):
@@ -1308,9 +1321,8 @@ def test_a_bad_flag_gets_one_sentence_on_stderr_and_exit_code_2(
 
 def test_the_command_line_prepares_a_data_set_and_says_so_in_one_line(tmp_path):
     write_folder(tmp_path / "notes", many(60) | {"x.md": "not this one"})
-    process = subprocess.run(
-        [sys.executable, Path(prepare_data.__file__), "--dataset=notes", "--val_fraction=0.1",
-         "--glob=*.txt", "--name=mine"], cwd=tmp_path, capture_output=True, text=True)
+    process = python(ROOT / "prepare_data.py", "--dataset=notes", "--val_fraction=0.1",
+                     "--glob=*.txt", "--name=mine", cwd=tmp_path)
     assert process.returncode == 0 and process.stdout.count("\n") == 1
     assert process.stdout.startswith("data/mine: 60 documents") and process.stderr == ""
     open_dataset(tmp_path / "data" / "mine", 8, 257)
@@ -1336,6 +1348,7 @@ def edit_meta(folder, **changes):
     (lambda d: edit_meta(d, n_train=True), "json is damaged"),
     (lambda d: edit_meta(d, dtype="float32"), "json is damaged"),
     (lambda d: edit_meta(d, tokenizer={}), "json is damaged"),
+    (lambda d: edit_meta(d, sha256={}), "json is damaged"),
     (lambda d: edit_meta(d, n_train=-1), "says -1"),
     (lambda d: edit_meta(d, dtype="uint32"), "bytes where")])
 def test_a_damaged_data_set_is_refused_with_the_command_that_makes_it_anew(corpus, damage, part):
@@ -1428,8 +1441,7 @@ def test_memory_for_a_batch_does_not_grow_with_the_file(tmp_path):
 
 # ---------------------------------------------------------------- analysis
 
-RUN_SHAPE = dict(vocab_size=320, block_size=32, n_layer=2, n_head=2, n_embd=32, n_expert=8, top_k=2,
-             d_expert=16)
+RUN_SHAPE = SMALL | dict(vocab_size=320, block_size=32)
 METRICS = (
     "perplexity load_std max_violation router_similarity router_similarity_signed "
     "coupling_spearman coupling_spearman_silu coupling_spearman_swiglu selected_ratio "
@@ -1578,8 +1590,7 @@ def test_unrouted_gradient_share_of_a_hand_made_gradient():
 # ---------------------------------------------------------------- a model under observation
 
 def small_model(router, **changes):
-    torch.manual_seed(0)
-    return SMoETransformer(Config(router=router, **RUN_SHAPE | changes)).eval()
+    return make_model(router=router, **RUN_SHAPE | changes).eval()
 
 
 def run_tokens(n=2):
@@ -1668,8 +1679,7 @@ def workplace(tmp_path_factory):
 
 def make_run(folder, steps=20, seed=1, dataset="squares", **changes):
     """A folder as train.py leaves it, its log cut short by a kill; the data lies two folders up."""
-    torch.manual_seed(seed)
-    model = SMoETransformer(Config(**RUN_SHAPE | changes))
+    model = make_model(seed, **RUN_SHAPE | changes)
     data = open_dataset(folder.parent.parent / "data" / dataset, block_size=32, vocab_size=320)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     lines = []
@@ -1696,28 +1706,10 @@ def make_run(folder, steps=20, seed=1, dataset="squares", **changes):
     return folder
 
 
-def run_analyze(root, *flags):
-    """The command in the folder `root`, without the seconds that a process takes to import
-    torch."""
-    out, err, before, code = io.StringIO(), io.StringIO(), os.getcwd(), 0
-    script = str(Path(analyze.__file__).resolve())
-    os.chdir(root)
-    try:
-        with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-              mock.patch.object(sys, "argv", [script, *map(str, flags)])):
-            runpy.run_path(script, run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        os.chdir(before)
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
-
-
 @pytest.fixture(scope="module")
 def analysis(workplace):
     """(the finished process, its folder of results) of the command as a user types it."""
-    done = subprocess.run([sys.executable, str(Path(analyze.__file__).resolve()), "--tokens=500"],
-                          cwd=workplace, timeout=300, capture_output=True, text=True)
+    done = python(ROOT / "analyze.py", "--tokens=500", cwd=workplace)
     assert done.returncode == 0, done.stderr
     return done, workplace / "out" / "analysis"
 
@@ -1819,8 +1811,8 @@ def test_similarity_ratio_compares_runs_that_differ_in_the_router_alone(workplac
 
 def test_perplexities_on_different_validation_tokens_are_marked(workplace, tmp_path):
     make_run(workplace / "other" / "cubes", steps=1, dataset="cubes", n_embd=16, n_expert=4)
-    done = run_analyze(
-        workplace, "out/aux-1", "other/cubes", "--tokens=32", f"--out_dir={tmp_path}")
+    done = run_script("analyze.py", "out/aux-1", "other/cubes", "--tokens=32",
+                      f"--out_dir={tmp_path}", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert "not comparable" in done.stdout
     rows = [line.split(" | ")[3] for line in done.stdout.splitlines()[2:4]]
@@ -1846,8 +1838,9 @@ def test_broken_runs_get_a_sentence_each_and_the_others_are_done(workplace, tmp_
     checkpoint["model"]["norm.weight"][0] = math.nan
     (tmp_path / "diverged").mkdir()
     torch.save(checkpoint, tmp_path / "diverged" / "ckpt.pt")
-    done = run_analyze(workplace, tmp_path / "garbage", tmp_path / "diverged", tmp_path / "missing",
-               "out/aux-1", "--tokens=32", f"--out_dir={tmp_path / 'analysis'}")
+    done = run_script("analyze.py", tmp_path / "garbage", tmp_path / "diverged",
+                      tmp_path / "missing", "out/aux-1", "--tokens=32",
+                      f"--out_dir={tmp_path / 'analysis'}", cwd=workplace)
     assert done.returncode == 0
     assert len(done.stderr.splitlines()) == 3 and "Traceback" not in done.stderr
     assert list(json.loads((tmp_path / "analysis" / "metrics.json").read_text())) == ["aux-1"]
@@ -1858,13 +1851,13 @@ def test_broken_runs_get_a_sentence_each_and_the_others_are_done(workplace, tmp_
     (["--tokens=many"], "--tokens"), (["--device=abacus"], "not a device"),
     (["--figures"], "--figures"), (["--out_dir=text.txt"], "text.txt cannot be a folder")])
 def test_a_users_mistake_is_a_sentence_and_exit_code_2(workplace, flags, sentence):
-    done = run_analyze(workplace, *flags)
+    done = run_script("analyze.py", *flags, cwd=workplace)
     assert done.returncode == 2
     assert sentence in done.stderr and "Traceback" not in done.stderr
 
 
 def test_no_run_at_all_is_a_sentence_and_exit_code_2(tmp_path):
-    done = run_analyze(tmp_path)
+    done = run_script("analyze.py", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "train.py" in done.stderr
 
 

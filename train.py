@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from model import Config, SMoETransformer, load_balance, read_checkpoint, router_similarity
-from prepare_data import get_batch, get_tokenizer, open_dataset, prepare
+from prepare_data import Parser, get_batch, get_tokenizer, open_dataset, prepare
 from routers import update_routers
 
 
@@ -105,11 +105,6 @@ PEAK_BF16 = {  # dense bf16 FLOP/s from the vendors' data sheets, by a part of t
     "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12,
     "5090": 210e12, "MI300X": 1307e12,
 }
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message}; python train.py --help lists the flags.")
 
 
 def boolean(text: str) -> bool:
