@@ -78,12 +78,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, T, C), cos and sin (T, D) -> (B, T, C)."""
         B, T, C = x.shape
-        qkv = self.qkv_proj(x).view(B, T, 3, self.n_head, -1)           # (B, T, 3, heads, D)
-        qkv = qkv.permute(2, 0, 3, 1, 4)                                # (3, B, heads, T, D)
-        v = qkv[2]                                                      # (B, heads, T, D)
+        # split(): the backward of indexing would fill a gradient of all of q, k and v with zeros
+        qk, v = self.qkv_proj(x).split([2 * C, C], dim=-1)              # (B, T, 2C), (B, T, C)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)               # (B, heads, T, D)
+        qk = qk.view(B, T, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)   # (2, B, heads, T, D)
         # q and k take the same steps, so they take them together: half the kernels
         weight = torch.stack([self.q_norm.weight, self.k_norm.weight])  # (2, D)
-        qk = F.rms_norm(qkv[:2], weight.shape[1:], eps=self.q_norm.eps)
+        qk = F.rms_norm(qk, weight.shape[1:], eps=self.q_norm.eps)
         qk = qk * weight[:, None, None, None]                           # (2, B, heads, T, D)
         q, k = rotate(qk, cos, sin).to(v.dtype)                         # (B, heads, T, D) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # (B, heads, T, D)

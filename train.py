@@ -40,12 +40,12 @@ class TrainConfig(Config):
     dataset: str = "stdlib"               # folder under data/, made by prepare_data.py
     batch_size: int = 4                   # sequences in a micro-batch on one device
     gradient_accumulation_steps: int = 1  # micro-batches in a step, over all processes
-    max_iters: int = 1600                 # optimizer steps
+    max_iters: int = 1200                 # optimizer steps
     eval_interval: int = 200              # steps from one evaluation and checkpoint to the next
     eval_iters: int = 40                  # micro-batches in an evaluation, always the same ones
     log_interval: int = 10                # steps from one line of the log to the next
-    learning_rate: float = 4e-3           # after the warm-up
-    min_lr: float = 4e-4                  # at the end of the cosine
+    learning_rate: float = 1e-3           # after the warm-up
+    min_lr: float = 1e-4                  # at the end of the cosine
     warmup_iters: int = 100               # steps of linear warm-up
     weight_decay: float = 0.1             # on matrices; norm weights have none
     beta1: float = 0.9                    # AdamW
@@ -87,8 +87,8 @@ PRESETS = {
     "tiny": dict(),
     "small": dict(
         block_size=1024, n_layer=8, n_head=8, n_embd=512, n_expert=32, top_k=4, d_expert=256,
-        dataset="python", batch_size=32, max_iters=10_000, eval_interval=500, learning_rate=1e-3,
-        min_lr=1e-4, warmup_iters=200, compile=True),
+        dataset="python", batch_size=32, max_iters=10_000, eval_interval=500, warmup_iters=200,
+        compile=True),
     "1b": dict(
         vocab_size=50304, block_size=1024, n_layer=16, n_head=16, n_embd=1024, n_expert=64, top_k=8,
         d_expert=256, dataset="fineweb-edu", batch_size=16, gradient_accumulation_steps=32,
