@@ -37,7 +37,7 @@ class Config:
     score_fn: str = "softmax"        # softmax or sigmoid: the scores of the learned routers
     aux_loss_coef: float = 0.01      # aux: weight of the load-balancing loss
     bias_update_rate: float = 1e-3   # lossfree, kmeans: step of the selection bias
-    ema_decay: float = 0.999         # kmeans: share of a centroid kept a step; 0.99 adds 0.02 nats
+    ema_decay: float = 0.999         # kmeans: share of a centroid kept a step; 0.99 adds 0.03 nats
     gate_temperature: float = 0.1    # kmeans: temperature of the softmax over cosines in the gates
 
     def __post_init__(self):
