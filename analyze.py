@@ -1,25 +1,29 @@
 """From runs to numbers to figures: how coupled are routers and experts, and what does balance cost?
 
-    python analyze.py                       # every run under out/
-    python analyze.py out/aux out/kmeans    # these two
-    python analyze.py --tokens=65536        # on more validation tokens
+    python analyze.py                            # every run under out/
+    python analyze.py out/aux-1 out/kmeans-1     # these two
+    python analyze.py out/analysis/metrics.json  # draw again, from the numbers alone
+    python analyze.py --hf=DIR                   # a mixture of experts that transformers can load
 
-Prints a Markdown table, writes metrics.json and six figures to out/analysis/. Reads top to bottom:
-metrics (pure functions of tensors), one run, the table, the figures, the command line.
+Prints a Markdown table, writes metrics.json and the figures to out/analysis/. Three layers, from
+top to bottom: observe (a run -> what its layers do on validation tokens, the only part that knows
+what a run is), measure (pure functions of that), draw (from metrics.json alone).
 
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k, H = d_expert (expert width).
-Metrics are those of "Routers Learn the Geometry of Their Experts", arXiv 2605.12476; what its
+The metrics are those of "Routers Learn the Geometry of Their Experts", arXiv 2605.12476; what its
 summaries leave open is defined in the docstrings below, and is this project's choice."""
 import argparse
+import hashlib
 import json
 import math
 import os
+import re
 import sys
 import textwrap
-from contextlib import contextmanager
-from dataclasses import asdict
+from functools import partial
+from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -27,55 +31,366 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from model import load_balance, load_checkpoint, router_cosines, router_similarity
-from prepare_data import Parser, get_batch, open_dataset
+from model import (
+    ROUTERS, expert_activations, expert_colors, load_balance, load_checkpoint, read_checkpoint,
+    read_log, router_cosines, router_similarity, spearman, validate, watch)
+from prepare_data import (
+    Parser, cli, eval_batches, get_tokenizer, open_corpus, open_dataset, printable)
 
-ROUTER_STYLES = {  # Okabe-Ito colours; lines, markers and hatches tell them apart in grey
-    "aux": ("#E69F00", "--", "s", "//"), "lossfree": ("#0072B2", "-", "o", ""),
-    "kmeans": ("#009E73", "-.", "^", "xx"), "none": ("#000000", ":", "D", "..")}
-OWN_STYLE = ("#CC79A7", (0, (5, 1)), "v", "\\\\")  # of a router that is not one of these four
-PAPER_STD = {"aux": 0.015, "lossfree": 0.018, "kmeans": 0.008}  # load imbalance of its 1B models
-# settings that make no other experiment: runs that differ in nothing else are seeds of one group
-INCIDENTAL = {"seed", "out_dir", "device", "compile", "resume", "overwrite", "bench",
-              "eval_interval", "eval_iters", "log_interval"}
+BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
 
 
-# ---------------------------------------------------------------- metrics
+# ---------------------------------------------------------------- observe: a run -> its layers
 
-def average_ranks(values: Tensor) -> Tensor:
-    """values (N, E) -> the rank of each value in its column, from 0 (N, E) float64. Equal values
-    share the mean of their ranks: (how many are smaller + how many are not larger - 1) / 2."""
-    columns = values.t().contiguous()                                # (E, N)
-    ordered = columns.sort(dim=-1).values
-    smaller = torch.searchsorted(ordered, columns)                   # (E, N)
-    not_larger = torch.searchsorted(ordered, columns, right=True)    # (E, N)
-    return (smaller + not_larger - 1).double().t() / 2
-
-
-def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """a, b (N, E) -> (E): the Pearson correlation of the ranks of each column; nan for a
-    constant."""
-    a, b = average_ranks(a), average_ranks(b)
-    a, b = a - a.mean(0), b - b.mean(0)
-    return (a * b).sum(0) / (a.square().sum(0) * b.square().sum(0)).sqrt()
+class Layer(NamedTuple):
+    """One SMoE layer as it was seen at work on N tokens, whatever model it belongs to."""
+    depth: int            # its block's place in the model
+    directions: Tensor    # (E, C) router rows or centroids
+    w_gate: Tensor        # (E, H, C)
+    scores: Tensor        # (N, E) of every expert for every token, before any bias
+    indices: Tensor       # (N, K) the selected experts, best first
+    activations: Tensor   # (3, N, E) of expert_activations(); (1, N, E) where up was not computed
+    mean: Tensor          # (C) mean hidden state
+    energy: Tensor        # () mean of ||x||^2
+    load: Tensor          # (E) tokens that each expert got (from the run's last evaluation)
 
 
-def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor, budget: int = 2**22) -> Tensor:
-    """How strongly every expert reacts to every token, chosen or not: norms over the H neurons.
+class Observed(NamedTuple):
+    name: str
+    settings: dict        # all that makes it this run: "router", "seed", ..., "data_sha256"
+    step: int | None      # optimizer steps done
+    loss: float | None    # nats a token on the evaluation's tokens; None: not known
+    tokens: Tensor        # (N) ids, in the order of the layers' rows
+    text: Callable        # token id -> its text
+    layers: list[Layer]
+    log: list[dict]       # records of log.jsonl with an evaluation; [] where there is no log
+    gradients: dict       # metrics that need gradients, by key; {} where there are none
+    facts: dict           # what else metrics.json says: dataset, tokenizer, val_sha256, ...
+    notes: list[str]      # sentences the user should read
 
-        a_ti = ||W_gate_i x_t||,   ||silu(W_gate_i x_t)||,   ||silu(W_gate_i x_t) * (W_up_i x_t)||
 
-    x (N, C), w_gate, w_up (E, H, C) -> (3, N, E). Goes through the tokens in chunks: of the
-    pre-activations (tokens, E, H), `budget` numbers exist at a time."""
-    E, H, _ = w_gate.shape
-    norms = []
-    for chunk in x.split(max(1, budget // (E * H))):                 # (n, C)
-        gate = (chunk @ w_gate.flatten(0, 1).t()).view(-1, E, H)     # (n, E, H)
-        up = (chunk @ w_up.flatten(0, 1).t()).view(-1, E, H)         # (n, E, H)
-        silu = F.silu(gate)
-        norms.append(torch.stack([v.norm(dim=-1) for v in (gate, silu, up.mul_(silu))]))
-    return torch.cat(norms, dim=1)
+def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
+    """The run in `folder`, on n_tokens validation tokens (up to whole sequences), in float32 and
+    eval mode: nothing moves. Its perplexity and load are those of its own last evaluation.
+    `known`: metrics of other runs; another seed of one of them is spared the long measurement of
+    gradients. Raises ValueError for a run that cannot be measured."""
+    router = read_checkpoint(folder / "ckpt.pt")["config"].get("router")
+    if router not in ROUTERS:
+        raise ValueError(f"its router {router!r} is not registered; import the script that does it "
+                         f'first: python -c "import my_router, analyze; analyze.main([\'{folder}'
+                         '\'])"')
+    model, checkpoint = load_checkpoint(folder / "ckpt.pt")
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise ValueError("its weights are not finite; train it again with a lower learning rate.")
+    settings = checkpoint["config"] | {"data_sha256": checkpoint["data_sha256"]}
+    c, step, tokenizer = model.config, checkpoint["step"], checkpoint["tokenizer"]
+    data = open_dataset(Path("data", settings["dataset"]), c.block_size, c.vocab_size)
+    log, notes = [r for r in read_log(folder / "log.jsonl") if "val_loss" in r], []
+    if not log:
+        notes.append(f"{folder}/log.jsonl holds no evaluation: no curves of this run.")
+    if settings["data_sha256"] != data.meta["sha256"]["train.bin"]:
+        notes.append(f"data/{settings['dataset']} is not the data that {folder} was trained on: it "
+                     "may have seen some of the validation tokens in training.")
 
+    def batches(n):  # n of the tokens that train.py evaluates on, about 1,024 at a time
+        return tqdm(list(eval_batches(data, n, block_size=c.block_size, device=device,
+                                      batch_size=max(1, 1024 // c.block_size))),
+                    folder.name, unit="batch", **BAR)
+
+    model.to(device).eval()
+    evaluation = checkpoint["evaluation"]
+    if evaluation is None:  # the run was stopped before its end
+        with torch.no_grad():
+            loss, n, load = validate(model, batches(settings["final_eval_tokens"]))
+        evaluation = {"val_loss": loss / n, "tokens": n, "load": load}
+    tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
+    gradients = logit_gradients(model, *next(iter(batches(1))))
+    if all(experiment(run) != experiment({"settings": settings, "step": step}) for run in known):
+        gradients |= aux_gradient_ratio(model, batches(65536))
+    try:
+        encoding = get_tokenizer(tokenizer)
+        text = lambda token: printable(encoding, [token]) or f"<{token}>"
+    except ValueError as error:  # its vocabulary is not on this machine
+        text = lambda token: f"<{token}>"
+        notes.append(f"experts.png shows token ids: {error}")
+    facts = {"dataset": settings["dataset"], "tokenizer": tokenizer,
+             "val_sha256": data.meta["sha256"]["val.bin"], "val_tokens": evaluation["tokens"],
+             "n_params": model.num_params()[0], "n_params_active": model.num_params()[1]}
+    return Observed(folder.resolve().name, settings, step, evaluation["val_loss"], tokens, text,
+                    layers, log, gradients, facts, notes)
+
+
+@torch.no_grad()
+def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
+    """batches of idx and targets (B, T), loads (n_layer, E) -> tokens (N), a Layer for each block.
+    Hidden states are kept for one batch at a time."""
+    tokens, rows = [], [[] for _ in model.blocks]
+    with watch(model) as seen:
+        for idx, targets in batches:
+            model(idx, targets)
+            tokens.append(idx.flatten())
+            for block, layer, found in zip(model.blocks, seen, rows):
+                x, routing = layer.pop()                                 # (n, C)
+                activations = expert_activations(x, block.moe.w_gate, block.moe.w_up)  # (3, n, E)
+                found.append((routing.scores, routing.indices, activations, x.sum(0),
+                              x.square().sum()))
+    tokens, layers = torch.cat(tokens), []                               # (N)
+    for depth, block in enumerate(model.blocks):
+        scores, indices, activations, total, energy = zip(*rows[depth])
+        layers.append(Layer(
+            depth, block.moe.router.directions.detach(), block.moe.w_gate.detach(),
+            torch.cat(scores), torch.cat(indices), torch.cat(activations, dim=1),
+            sum(total) / len(tokens), sum(energy) / len(tokens), loads[depth]))
+    return tokens, layers
+
+
+def logit_gradients(model, idx: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """One batch (B, T) -> by layer, from d(loss + aux_loss) / d(router logits) (N, E):
+
+        unrouted_gradient_share    see there; nan where no gradient moves the router
+        gradient_reach             experts whose logits one token's gradient reaches, mean"""
+    with watch(model) as seen:
+        _, loss, aux_loss = model(idx, targets)
+    routings = [layer[0][1] for layer in seen]
+    logits = [routing.logits for routing in routings]                    # n_layer of (N, E)
+    if next(model.routers()[0].parameters(), None) is not None and logits[0].requires_grad:
+        gradients = torch.autograd.grad(loss + aux_loss, logits, allow_unused=True,
+                                        materialize_grads=True)
+    else:  # no parameter to move: a gradient goes through the logits to x, if at all
+        gradients = [torch.zeros_like(values) for values in logits]
+    return {"unrouted_gradient_share_by_layer": torch.stack([
+                unrouted_gradient_share(g, r.indices) for g, r in zip(gradients, routings)]),
+            "gradient_reach_by_layer": torch.stack([
+                (g != 0).sum(1).double().mean() for g in gradients])}
+
+
+def aux_gradient_ratio(model, batches, sizes=(1, 8, 64)) -> dict[str, list]:
+    """||G_aux|| / ||G_LM||: the gradient of aux_loss at all router parameters against that of the
+    language-model loss, for steps of 1, 8 and 64 of the batches, whose gradients are averaged as in
+    gradient accumulation; mean over all steps of a size. {} where one of the two is missing."""
+    parameters = [p for router in model.routers() for p in router.parameters()]
+    found, n = [], 0
+    for idx, targets in batches:
+        n = max(n, idx.numel())  # the last batch may be smaller
+        _, loss, aux_loss = model(idx, targets)
+        if not (parameters and aux_loss.requires_grad and aux_loss.item()):
+            return {}
+        pair = [torch.autograd.grad(value, parameters, retain_graph=value is loss,
+                                    allow_unused=True, materialize_grads=True)
+                for value in (loss, aux_loss)]
+        found.append(torch.stack([torch.cat([g.flatten() for g in part]) for part in pair]))
+    gradients, ratios = torch.stack(found), {}                           # (batches, 2, P)
+    if not gradients[:, 0].any():  # a single expert's gate is always 1
+        return {}
+    for size in sizes:
+        steps = gradients[:len(found) // size * size].unflatten(0, (-1, size)).mean(1)
+        norms = steps.norm(dim=-1)                                       # (steps, 2)
+        if len(norms):
+            ratios[size * n] = (norms[:, 1] / norms[:, 0]).mean().item()
+    return {"aux_gradient_tokens": list(ratios), "aux_gradient_ratio": list(ratios.values())}
+
+
+# ---------------------------------------------------------------- observe: a transformers model
+
+class Mixture(NamedTuple):
+    """Where a transformers model keeps the parts of one SMoE layer; none of them is a copy."""
+    depth: int
+    experts: torch.nn.Module  # is called with hidden states (N, C), indices (N, K), gates (N, K)
+    rows: Tensor              # (E, C) of the router
+    bias: Tensor              # (E) of its logits
+    w_gate: Tensor            # (E, H, C)
+    b_gate: Tensor            # (E, H) of the pre-activations
+
+
+def find_mixtures(model) -> list[Mixture]:
+    """The SMoE layers of a transformers model, known by their shapes, not by the model's name: a
+    module with gate_up_proj (E, 2H, C) and down_proj (E, C, H), or both transposed, and beside it
+    a gate or router with a weight (E, C)."""
+    found = []
+    for name, experts in model.named_modules():
+        own = dict(experts.named_parameters(recurse=False))
+        if not {"gate_up_proj", "down_proj"} <= own.keys() or own["down_proj"].ndim != 3 or (
+                own["gate_up_proj"].element_size() < 2):  # quantized: numbers without their scale
+            continue
+        both, (E, P, Q) = own["gate_up_proj"].detach(), own["down_proj"].shape
+        if both.shape == (E, Q, 2 * P):
+            both = both.transpose(1, 2)                                  # (E, 2H, C)
+        elif both.shape != (E, 2 * Q, P):
+            continue
+        # rows of the gate above those of up, or both in turns (gpt_oss)
+        gate = slice(both.shape[1] // 2) if getattr(experts, "is_concatenated", True) else (
+            slice(0, None, 2))
+        b_gate = own.get("gate_up_proj_bias", both.new_zeros(both.shape[:2])).detach()
+        block = model.get_submodule(name.rpartition(".")[0])
+        for key, rows in (beside := dict(block.named_parameters())).items():
+            if rows.shape == (E, both.shape[2]) and key.startswith(("gate.", "router.")):
+                bias = beside.get(key.removesuffix("weight") + "bias", rows.new_zeros(E))
+                found.append(Mixture(int(re.search(r"\d+", name)[0]), experts, rows.detach(),
+                                     bias.detach(), both[:, gate], b_gate[:, gate]))
+    return found
+
+
+def see(mixture: Mixture, rows: list, bar, experts, args: tuple) -> None:
+    """The hook in front of the experts: appends to `rows` what a Layer is made of, for the n tokens
+    of this call, in float32. Of the weights, one expert's at a time: W x + b = (W, b) (x, 1)."""
+    if len(args) != 3:
+        raise ValueError(f"its experts are called with {len(args)} argument, not with hidden "
+                         "states, selection and gates: how it routes is not known here.")
+    x, indices, gates = (arg.flatten(0, -2) for arg in args)             # (n, C), (n, K), (n, K)
+    x = x.float()
+    logits = F.linear(x, mixture.rows.float(), mixture.bias.float())     # (n, E)
+    x1 = F.pad(x, (0, 1), value=1.0)                                     # (n, C + 1)
+    activations = [expert_activations(x1, torch.cat([w, b[:, None]], dim=1).float()[None])
+                   for w, b in zip(mixture.w_gate, mixture.b_gate)]      # E of (1, n, 1)
+    rows.append((logits, indices, gates.float(), torch.cat(activations, dim=2), x.sum(0),
+                 x.square().sum()))
+    bar.update()
+
+
+def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor | None:
+    """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E): softmax or
+    sigmoid, whichever the gates follow. However a model scales or normalises its gates,
+    log gate - log score is the same for all experts of a token. Where neither fits: softmax if the
+    largest logits were selected (phimoe has gates of its own), else None."""
+    def spread(values):  # within a token; with one expert each, over the tokens
+        return (values - values.mean(1 if values.shape[1] > 1 else 0, True)).abs().mean()
+
+    log_gates = gates.clamp(min=1e-30).log()                             # (N, K)
+    candidates = [logits.log_softmax(-1), F.logsigmoid(logits)]          # (N, E) each
+    misfits = [spread(log_gates - scores.gather(1, indices)) for scores in candidates]
+    if min(misfits) < 0.5 * spread(log_gates):
+        return candidates[misfits[0] > misfits[1]].exp()
+    largest = logits.topk(indices.shape[1]).indices                      # (N, K)
+    same = (largest.sort().values == indices.sort().values).double().mean() > 0.9
+    return logits.softmax(-1) if same else None
+
+
+def load_hf(folder: Path, dtype: str) -> tuple:
+    """-> (model, tokenizer) of a folder, or of a name on the hub. Raises ValueError for what cannot
+    be read, is not whole, or does not fit into memory."""
+    try:
+        import transformers
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError("it takes transformers to read it: pip install transformers.") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        problem = "it is no folder, and the hub does not give it"
+        if not folder.is_dir():
+            other = ["*.bin", "*.pt", "*.pth", "*.gguf", "consolidated*"]  # the same weights again
+            folder = Path(snapshot_download(str(folder), ignore_patterns=other))
+        problem = "it holds no tokenizer that transformers can read"
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise ValueError("it has no vocabulary")  # transformers makes one up where no file is
+        problem = "its model cannot be loaded"
+        config = transformers.AutoConfig.from_pretrained(folder)
+        stored = config.dtype or torch.float32
+        wanted = stored if dtype == "auto" else getattr(torch, dtype)
+        files = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+        need, free = files / stored.itemsize * wanted.itemsize / 1e9 + 2, free_memory() / 1e9
+        if need > free:
+            raise ValueError(f"it needs {need:.0f} GB of memory, and {free:.0f} GB are free")
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=wanted, use_safetensors=True, output_loading_info=True)
+        if loaded["missing_keys"]:
+            raise ValueError(f"weights are missing, such as {min(loaded['missing_keys'])}")
+    except Exception as error:  # a damaged or foreign file can raise nearly anything
+        raise ValueError(f"{problem} ({type(error).__name__}: "
+                         f"{textwrap.shorten(str(error), 200)}).") from None
+    return model.eval(), tokenizer
+
+
+def free_memory() -> float:
+    """Bytes that this machine can still give; infinity where it does not say (not Linux)."""
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: +(\d+)", meminfo.read_text()) if meminfo.exists() else None
+    return int(found[1]) * 1024 if found else math.inf
+
+
+def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor:
+    """-> ids (B, T + 1): sequences that begin evenly spaced in a text file or folder (None: in the
+    validation documents of the data set stdlib), as long as it has room for B of them."""
+    dataset, T = text or "stdlib", min(T, n_tokens)
+    splits = ("train", "val") if text else ("val",)
+    pieces = open_corpus(dataset, Path(dataset).expanduser(), None, 0.05, Path("data"))
+    corpus = "".join(piece for split, piece, _ in pieces if split in splits)
+    cuts = np.linspace(0, len(corpus), -(-n_tokens // T) + 1, dtype=int).tolist()
+    # 16 characters hold a token of any tokenizer, on average
+    rows = [tokenizer(corpus[start:min(end, start + 16 * (T + 1))], truncation=True,
+                      max_length=T + 1)["input_ids"] for start, end in zip(cuts, cuts[1:])]
+    T = min(map(len, rows)) - 1
+    if T < 1:
+        raise ValueError(f"{dataset} is too short for {n_tokens} tokens; name another --text.")
+    return torch.tensor([row[:T + 1] for row in rows])
+
+
+@torch.no_grad()
+def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype: str) -> Observed:
+    """The transformers model in `folder`, or of that name on the hub, at work on n_tokens tokens
+    of a text. The model computes in its own dtype (auto) or another, the metrics get float32.
+    Hidden states are kept for one layer and one batch at a time, weights are not copied. Raises
+    ValueError for what is no such model."""
+    name = folder.resolve().name
+    model, tokenizer = load_hf(folder, dtype)
+    mixtures, c = find_mixtures(model.to(device)), model.config.get_text_config()
+    if not mixtures:
+        raise ValueError("it has no mixture of experts as transformers 5 lays them out: a module "
+                         "with gate_up_proj (E, 2H, C) and down_proj (E, C, H), not quantized, and "
+                         "beside it a gate or router with a weight (E, C).")
+    longest = min(1024, getattr(c, "max_position_embeddings", None) or 1024)
+    ids = read_sequences(tokenizer, text, n_tokens, longest)             # (B, T + 1)
+    tokens, T = ids[:, :-1].flatten().to(device), ids.shape[1] - 1       # (N)
+    if ids.max() >= len(model.get_input_embeddings().weight):
+        raise ValueError(f"its tokenizer makes token id {ids.max()}, which the model has not.")
+    batches = ids.to(device).split(max(1, 1024 // T))                    # (b, T + 1) each
+    seen, loss = [[] for _ in mixtures], 0.0
+    with tqdm(total=len(batches) * len(mixtures), desc=name, unit="layer", **BAR) as bar:
+        for mixture, rows in zip(mixtures, seen):  # the model, and so its hooks, end with this call
+            mixture.experts.register_forward_pre_hook(partial(see, mixture, rows, bar))
+        for batch in batches:
+            logits = model(batch[:, :-1], use_cache=False).logits        # (b, T, V)
+            loss += sum(F.cross_entropy(row.float(), targets, reduction="sum").item()
+                        for row, targets in zip(logits, batch[:, 1:]))   # a row: V is large
+    if not math.isfinite(loss):
+        raise ValueError("its loss is not finite; try --dtype=float32.")
+    layers = []
+    for mixture, rows in zip(mixtures, seen):
+        logits, indices, gates, activations, total, energy = zip(*rows)
+        logits, indices = torch.cat(logits), torch.cat(indices)          # (N, E), (N, K)
+        scores = router_scores(logits, indices, torch.cat(gates))        # (N, E)
+        if scores is None:
+            raise ValueError(f"how layer {mixture.depth} routes is not known here: its gates are "
+                             "no softmax or sigmoid of hidden states times router rows.")
+        best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (N, K)
+        layers.append(Layer(
+            mixture.depth, mixture.rows, mixture.w_gate, scores, indices.gather(1, best),
+            torch.cat(activations, dim=1), sum(total) / len(tokens), sum(energy) / len(tokens),
+            torch.bincount(indices.flatten(), minlength=len(mixture.rows))))
+
+    (E, H, C), K, n_params = mixtures[0].w_gate.shape, indices.shape[1], model.num_parameters()
+    experts = sum(p.numel() for mixture in mixtures for p in mixture.experts.parameters())
+    settings = {"router": c.model_type, "seed": None, "checkpoint": str(folder), "dtype": str(
+        model.dtype).removeprefix("torch."), "n_layer": c.num_hidden_layers, "n_embd": C,
+        "n_expert": E, "top_k": K, "d_expert": H, "block_size": T}
+    facts = {"dataset": text or "stdlib", "tokenizer": type(tokenizer).__name__,
+             "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+             "val_tokens": len(tokens), "n_params": n_params,
+             "n_params_active": n_params - experts * (E - K) // E}
+    notes = [] if len(tokens) >= n_tokens else [
+        f"{name} saw {len(tokens)} tokens, not {n_tokens}: the text is too short."]
+
+    def piece(token: int) -> str:  # alone, a sentencepiece token loses the space in front of it
+        raw = str(tokenizer.convert_ids_to_tokens(token))
+        text = raw.replace("▁", " ") if "▁" in raw else tokenizer.decode([token])
+        return "".join(s if s.isprintable() or s == "\n" else " " for s in text) or f"<{token}>"
+
+    return Observed(name, settings, None, loss / len(tokens), tokens, piece, layers, [], {}, facts,
+                    notes)
+
+
+# ---------------------------------------------------------------- measure: a layer -> its metrics
 
 def relative_activations(activations: Tensor) -> Tensor:
     """a_ti / mean over t of a_ti, (N, E): 1 is what expert i does on an average token."""
@@ -86,13 +401,13 @@ def coupling_by_rank(scores: Tensor, activations: Tensor) -> Tensor:
     """scores, activations (N, E) -> (E): mean over tokens of the relative activation of the expert
     that the router ranks 1st, 2nd, ... E-th for that token. Falls with the rank where both are
     coupled."""
-    order = scores.argsort(dim=1, descending=True, stable=True)      # (N, E)
+    order = scores.argsort(dim=1, descending=True, stable=True)          # (N, E)
     return relative_activations(activations).gather(1, order).mean(0)
 
 
 def selected_ratio(activations: Tensor, indices: Tensor) -> Tensor:
     """Mean relative activation over the selected pairs (t, i) / over the others; nan if K = E."""
-    relative = relative_activations(activations)
+    relative = relative_activations(activations)                         # (N, E)
     selected = torch.zeros_like(relative, dtype=torch.bool).scatter_(1, indices, True)
     return relative[selected].mean() / relative[~selected].mean()
 
@@ -103,28 +418,22 @@ def signed_similarity(directions: Tensor) -> Tensor:
     return router_cosines(directions).triu(diagonal=1).sum() / (E * (E - 1) // 2 or math.nan)
 
 
-def chance_similarity(C: int) -> float:
-    """Expected |cos| of two random directions in C dimensions, sqrt(2 / (pi C))."""
-    return math.sqrt(2 / (math.pi * C))
+def common_share(directions: Tensor, mean: Tensor) -> Tensor:
+    """directions (E, C), mean hidden state (C) -> mean over i of cos(r_i, mean)^2: the share of the
+    unit rows' energy that all have in common with the mean. Chance level: 1 / C."""
+    rows, common = F.normalize(directions, dim=-1), F.normalize(mean, dim=-1)
+    return (rows @ common).square().mean()
 
 
-def alignments(directions: Tensor, w_gate: Tensor) -> dict[str, Tensor]:
-    """directions r (E, C), w_gate (E, H, C) -> three (E, E), row i a direction, column j an expert:
-
-        alignment           |cos(r_i, v_j)|, v_j = top right singular vector of W_gate_j
-        mean_row_alignment  |cos(r_i, v_j)|, v_j = mean over the H rows of W_gate_j
-        neuron_alignment    mean over the neurons m of |cos(r_i, W_gate_j[m])|"""
-    r = F.normalize(directions.float(), dim=-1)                              # (E, C)
-    top = torch.linalg.svd(w_gate, full_matrices=False).Vh[:, 0]             # (E, C)
-    mean_row = F.normalize(w_gate.mean(1), dim=-1)                           # (E, C)
-    neurons = [(r @ F.normalize(w, dim=-1).t()).abs().mean(1) for w in w_gate]  # E of (E)
-    return {"alignment": (r @ top.t()).abs(), "mean_row_alignment": (r @ mean_row.t()).abs(),
-            "neuron_alignment": torch.stack(neurons, dim=1)}
-
-
-def matched_mismatched(cosines: Tensor) -> tuple[Tensor, Tensor]:
-    """cosines (E, E) -> mean over i = j, mean over i != j (nan for one expert)."""
-    E, matched = len(cosines), cosines.trace()
+def alignment(directions: Tensor, w_gate: Tensor) -> tuple[Tensor, Tensor]:
+    """directions r (E, C), w_gate (E, H, C) -> mean over i = j and mean over i != j (nan for one
+    expert) of |cos(r_i, v_j)|, v_j = top right singular vector of W_gate_j."""
+    E = len(directions)
+    # by the eigenvector u of W W^T, as v = W^T u: several times faster than an SVD of large experts
+    u = torch.linalg.eigh(w_gate @ w_gate.transpose(1, 2)).eigenvectors[..., -1:]  # (E, H, 1)
+    top = F.normalize((w_gate.transpose(1, 2) @ u)[..., 0], dim=-1)      # (E, C)
+    cosines = (F.normalize(directions, dim=-1) @ top.t()).abs()          # (E, E)
+    matched = cosines.trace()
     return matched / E, (cosines.sum() - matched) / (E * (E - 1) or math.nan)
 
 
@@ -135,217 +444,213 @@ def unrouted_gradient_share(gradient: Tensor, indices: Tensor) -> Tensor:
     return energy.scatter(1, indices, 0.0).sum() / energy.sum()
 
 
-# ---------------------------------------------------------------- one run
-
-class Run(NamedTuple):
-    name: str
-    config: dict         # all settings of the training, and the step reached
-    metrics: dict        # key -> number, text, None or list: what metrics.json holds
-    evaluations: dict    # step -> line of log.jsonl
-    cosines: np.ndarray  # (E, E) of the router directions of the middle layer
-    identity: dict       # "router", "gate", "up" -> |cos| of every gradient row with its one token
-    notes: list[str]     # what the user should know
+def joint_counts(tokens: Tensor, experts: Tensor, E: int) -> tuple[Tensor, Tensor]:
+    """tokens, experts (N) -> the V different ids (V), how often each met each expert (V, E)."""
+    ids, place = tokens.unique(return_inverse=True)                      # (V), (N)
+    return ids, torch.bincount(place * E + experts, minlength=len(ids) * E).view(-1, E).double()
 
 
-@contextmanager
-def watch(routers):
-    """Yields a list to which a forward pass appends (x (N, C), logits (N, E), Routing) of each
-    router, first layer first. Hooks do not see the logits, which are no module's output: so
-    router.logits is shadowed on each instance meanwhile."""
-    seen, logits = [], []
-
-    def keeping(method):
-        return lambda x: logits.append(method(x)) or logits[-1]
-
-    def collect(router, args, routing):
-        seen.append((args[0], logits.pop(), routing))
-
-    hooks = [router.register_forward_hook(collect) for router in routers]
-    for router in routers:
-        router.logits = keeping(router.logits)
-    try:
-        yield seen
-    finally:
-        for router, hook in zip(routers, hooks):
-            hook.remove()
-            del router.logits
+def entropy(counts: Tensor) -> Tensor:
+    """counts (any shape) -> bits."""
+    return torch.special.entr(counts / counts.sum()).sum() / math.log(2)
 
 
-@torch.no_grad()
-def observe(model, batches) -> tuple[Tensor, list]:
-    """batches: pairs of idx and targets (B, T) -> mean cross-entropy, and for each layer the scores
-    (N, E), activations (3, N, E) and indices (N, K). Hidden states are kept for one batch at a
-    time."""
-    loss, n_tokens, layers = 0.0, 0, [([], [], []) for _ in model.blocks]
-    for idx, targets in batches:
-        with watch(model.routers()) as seen:
-            loss += model(idx, targets)[1].double() * idx.numel()
-        n_tokens += idx.numel()
-        for block, (x, logits, routing), (scores, activations, indices) in zip(
-                model.blocks, seen, layers):
-            scores.append(block.moe.router.squash(logits))
-            activations.append(expert_activations(x, block.moe.w_gate, block.moe.w_up))
-            indices.append(routing.indices)
-    return loss / n_tokens, [(torch.cat(s), torch.cat(a, dim=1), torch.cat(i))
-                             for s, a, i in layers]
+def token_information(tokens: Tensor, experts: Tensor, E: int) -> Tensor:
+    """tokens, experts (N) -> their mutual information in bits, H(token) + H(expert) - H(both), less
+    its value after the experts are shuffled, as N tokens show some by accident. At most H(expert);
+    0 for a router that does not look at the token."""
+    shuffle = torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
+
+    def information(experts):
+        counts = joint_counts(tokens, experts, E)[1]                     # (V, E)
+        return entropy(counts.sum(1)) + entropy(counts.sum(0)) - entropy(counts)
+
+    return information(experts) - information(experts[shuffle.to(experts.device)])
 
 
-def router_gradients(model, idx: Tensor, targets: Tensor) -> list:
-    """One batch (B, T) -> for each layer d(loss + aux_loss) / d(router logits) (N, E), the selected
-    experts (N, K), and x (N, C). Leaves no gradient in the model."""
-    with watch(model.routers()) as seen:
-        _, loss, aux_loss = model(idx, targets)
-    gradients = torch.autograd.grad(  # a router may send none: its gates need not use the logits
-        loss + aux_loss, [logits for _, logits, _ in seen], allow_unused=True,
-        materialize_grads=True)
-    return [(g, routing.indices, x.detach()) for g, (x, _, routing) in zip(gradients, seen)]
-
-
-def one_token_gradients(moe, x: Tensor) -> dict[str, Tensor]:
-    """The identity behind the coupling. One token x (C) through one SMoE layer, with a random
-    linear loss of the output plus aux_loss -> |cos| of each gradient row with x: "router" (E, 1),
-    "gate" and "up" (E, H). All are 1, as each gradient row is (scalar) * x; nan where a row gets no
-    gradient."""
-    y, aux_loss = moe(x[None, None])                                     # (1, 1, C)
-    direction = torch.randn(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)  # (C)
-    names = {"router.weight": "router", "w_gate": "gate", "w_up": "up"}  # kmeans: no router
-    weights = {names[name]: p for name, p in moe.named_parameters() if name in names}
-    gradients = torch.autograd.grad((y * direction).sum() + aux_loss, list(weights.values()))
-    cosines, x = {}, x.double()  # float32 would lose the squares of small gradients
-    for part, gradient in zip(weights, gradients):
-        gradient = gradient.double().view(len(moe.w_gate), -1, len(x))   # (E, 1 or H, C)
-        norm = gradient.norm(dim=-1)
-        cosine = (gradient @ x).abs() / (norm * x.norm())
-        cosines[part] = cosine.masked_fill(norm < 1e-30, math.nan)
-    return cosines
-
-
-def layer_metrics(block, scores: Tensor, activations: Tensor, indices: Tensor) -> dict[str, Tensor]:
-    """The metrics of one layer on the observed tokens, by their keys in metrics.json."""
-    directions, w_gate = block.moe.router.directions.detach(), block.moe.w_gate.detach()
-    load = torch.bincount(indices.flatten(), minlength=len(w_gate)).double()     # (E)
+def layer_metrics(layer: Layer, tokens: Tensor) -> dict[str, Tensor]:
+    """The metrics of one layer by their keys in metrics.json; tokens (N)."""
+    directions, w_gate, load = layer.directions.float(), layer.w_gate.float(), layer.load.double()
+    (E, C), (N, K) = directions.shape, layer.indices.shape
+    first = layer.indices[:, 0]                                          # (N)
     std, violation = load_balance(load)
-    metrics = {"load_std": std, "max_violation": violation,
-               "load_sorted": load.sort(descending=True).values / load.sum(),
-               "router_similarity": router_similarity(directions),
-               "router_similarity_signed": signed_similarity(directions),
-               "coupling_by_rank": coupling_by_rank(scores, activations[0]),
-               "selected_ratio": selected_ratio(activations[0], indices)}
-    for suffix, activation in zip(("", "_silu", "_swiglu"), activations):
+    matched, mismatched = alignment(directions, w_gate)
+    metrics = {
+        "load_std": std, "max_violation": violation, "load_cv": E * std,
+        "load_cv_sampling": ((E - 1) / load.sum()).sqrt(),  # load.sum() = tokens * K
+        "load_sorted": load.sort(descending=True).values / load.sum(),
+        "router_similarity": router_similarity(directions),
+        "router_similarity_signed": signed_similarity(directions),
+        "router_similarity_chance": torch.tensor(math.sqrt(2 / (math.pi * C))),
+        "common_share": common_share(directions, layer.mean),
+        "common_share_chance": torch.tensor(1 / C),
+        "anisotropy": layer.mean.square().sum() / layer.energy,
+        "coupling_by_rank": coupling_by_rank(layer.scores, layer.activations[0]),
+        "selected_ratio": selected_ratio(layer.activations[0], layer.indices),
+        "alignment_matched": matched, "alignment_mismatched": mismatched,
+        "alignment_difference": matched - mismatched,
+        "token_information": token_information(tokens, first, E),
+        "token_entropy": entropy(torch.bincount(first, minlength=E))}
+    for suffix, activations in zip(("", "_silu", "_swiglu"), layer.activations):
         # an expert with a constant score or activation has no correlation and does not count
-        metrics["coupling_spearman" + suffix] = spearman(scores, activation).nanmean()
-    for key, cosines in alignments(directions, w_gate).items():
-        metrics[key + "_matched"], metrics[key + "_mismatched"] = matched_mismatched(cosines)
+        metrics["coupling_spearman" + suffix] = spearman(layer.scores, activations).nanmean()
     return metrics
 
 
-def gradient_metrics(gradient: Tensor, indices: Tensor, identity: dict) -> dict[str, Tensor]:
-    """The metrics of one layer that need gradients. kmeans has no router to send one to: nan."""
-    nothing = torch.full((1, 1), math.nan)
-    learned = "router" in identity
-    metrics = {"unrouted_gradient_share":
-               unrouted_gradient_share(gradient, indices) if learned else nothing.sum()}
-    for part in ("router", "gate", "up"):
-        cosines = identity.get(part, nothing)                            # (E, 1 or H)
-        missing = cosines.isnan()
-        metrics[f"identity_min_cos_{part}"] = cosines.masked_fill(missing, math.inf).min()
-        metrics[f"identity_experts_{part}"] = (~missing).any(dim=1).double().sum()
-    return metrics
+def written(text: str) -> str:
+    """A token's text as one writes it: \\n, ' ', def."""
+    text = text.replace("\n", "\\n")
+    return text if text == text.strip() else f"'{text}'"
+
+
+def favourite_tokens(tokens: Tensor, experts: Tensor, E: int, text: Callable) -> list[list[str]]:
+    """tokens, experts (N) -> for each expert the five tokens with the greatest lift,
+    P(expert | token) / P(expert), above 1, of those that occur at least 20 times."""
+    ids, counts = joint_counts(tokens, experts, E)                       # (V), (V, E)
+    lift = counts / counts.sum(1, keepdim=True) / (counts.sum(0) / counts.sum())
+    lift = lift.masked_fill(counts.sum(1, keepdim=True) < 20, 0.0).nan_to_num()
+    best = lift.topk(min(5, len(ids)), dim=0)                            # (5, E)
+    return [[written(text(ids[i].item())) for value, i in zip(values, places) if value > 1]
+            for values, places in zip(best.values.t(), best.indices.t())]
+
+
+def text_lines(tokens: Tensor, experts: Tensor, text: Callable, T: int, width=70) -> list[list]:
+    """tokens, experts (N) of sequences of length T -> eight lines, the first that look like text:
+    lists of [text of a token, its expert]. A line ends at a line end or at `width` characters;
+    those that a sequence's ends cut, and blank ones, are passed over."""
+    lines, line, whole = [], [], False
+    for place, (token, expert) in enumerate(zip(tokens.tolist(), experts.tolist())):
+        if place % T == 0:
+            line, whole = [], False
+        line.append([text(token), expert])
+        joined = "".join(piece for piece, _ in line)
+        if "\n" in joined or len(joined) >= width:
+            if whole and joined.strip():
+                lines.append((line, joined))
+            line, whole = [], True
+    good = [line for line, joined in lines if 30 < len(joined) < width
+            and sum(map(str.isalpha, joined)) > 0.6 * len(joined)]
+    return good[:8] if len(good) >= 8 else [line for line, _ in lines[:8]]
 
 
 def to_json(value):
     """Tensors -> numbers and lists; nan and infinity, which JSON has not, -> None."""
     if isinstance(value, Tensor):
         value = value.tolist()
+    if isinstance(value, dict):
+        return {key: to_json(v) for key, v in value.items()}
     if isinstance(value, list):
         return [to_json(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_evaluations(path: Path) -> dict[int, dict]:
-    """log.jsonl -> the lines with an evaluation, by step; a line cut short by a kill is skipped."""
-    evaluations = {}
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-            if "val_loss" in entry:
-                evaluations[entry["step"]] = entry
-        except (ValueError, TypeError, KeyError):
-            continue
-    return evaluations
+def measure(run: Observed) -> dict:
+    """What metrics.json says of a run: all that the table and the figures need."""
+    layers = [layer_metrics(layer, run.tokens) for layer in tqdm(run.layers, run.name, **BAR)]
+    metrics = {f"{key}_by_layer": torch.stack([layer[key].double().cpu() for layer in layers])
+               for key in layers[0]} | run.gradients                     # (n_layer, ...) each
+    metrics |= {key.removesuffix("_by_layer"): values.nanmean(0)
+                for key, values in metrics.items() if key.endswith("_by_layer")}
+    middle = run.layers[len(run.layers) // 2]
+    first, E = middle.indices[:, 0], len(middle.directions)              # (N)
+    T = run.settings.get("block_size", len(run.tokens))
+    return to_json({
+        "router": run.settings.get("router"), "seed": run.settings.get("seed"), "step": run.step,
+        "perplexity": None if run.loss is None else math.exp(min(run.loss, 700.0)),
+        "tokens": len(run.tokens), "n_expert": E, "top_k": middle.indices.shape[1],
+        "depth": [layer.depth for layer in run.layers], "middle_depth": middle.depth, **run.facts,
+        **metrics, "settings": run.settings, "log": run.log,
+        "cosines": router_cosines(middle.directions).double().round(decimals=3),  # (E, E)
+        "text": text_lines(run.tokens, first, run.text, T),
+        "favourite_tokens": favourite_tokens(run.tokens, first, E, run.text)})
 
 
-def measure_run(folder: Path, name: str, tokens: int, device: str) -> Run:
-    """Everything about one run, on `tokens` validation tokens (rounded up to whole sequences), the
-    same for all runs with the same data and block_size; gradients come from the first batch of
-    them. In float32 and eval mode: nothing moves. Raises ValueError for a run that cannot be
-    measured."""
-    model, checkpoint = load_checkpoint(folder / "ckpt.pt")
-    c, step = model.config, checkpoint["step"]
-    config = asdict(c) | checkpoint["config"] | {"step": step}
-    if "dataset" not in config:
-        raise ValueError("its checkpoint does not name the dataset; train it again.")
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise ValueError("its weights are not finite; train it again with a lower --learning_rate.")
-    data = open_dataset(Path("data", config["dataset"]), c.block_size, c.vocab_size)
-    evaluations, sha256 = read_evaluations(folder / "log.jsonl"), data.meta["sha256"]
-    notes = [] if evaluations else [f"{folder}/log.jsonl holds no evaluation, so the run is "
-                                    "missing in training.png."]
-    if checkpoint["data_sha256"] != sha256["train.bin"]:
-        notes += [f"data/{config['dataset']} is not the data that {folder} was trained on: the run "
-                  "may have seen some of the validation tokens in training."]
+# ---------------------------------------------------------------- groups and tables
 
-    model.to(device).eval()
-    n_sequences, per_batch = math.ceil(tokens / c.block_size), max(1, 1024 // c.block_size)
-    sizes = [min(per_batch, n_sequences - i) for i in range(0, n_sequences, per_batch)]
-
-    def batch(i):
-        return get_batch(data, "val", seed=0, step=0, micro_step=i, batch_size=sizes[i],
-                         block_size=c.block_size, device=device)
-
-    bar = dict(leave=False, disable=None)  # None: on a terminal only
-    loss, observed = observe(model, map(batch, tqdm(range(len(sizes)), name, unit="batch", **bar)))
-    layers, identities, gradients = [], [], router_gradients(model, *batch(0))
-    for block, seen, (gradient, indices, x) in zip(
-            model.blocks, tqdm(observed, name, unit="layer", **bar), gradients):
-        identities.append(one_token_gradients(block.moe, x[0]))
-        layers.append(layer_metrics(block, *seen)
-                      | gradient_metrics(gradient, indices, identities[-1]))
-
-    metrics = {"router": c.router, "seed": config.get("seed"), "step": step,
-               "dataset": config["dataset"], "tokenizer": data.meta["tokenizer"]["name"],
-               "val_sha256": sha256["val.bin"], "tokens": n_sequences * c.block_size,
-               "n_params": model.num_params()[0], "n_params_active": model.num_params()[1],
-               "perplexity": loss.exp(), "router_similarity_chance": chance_similarity(c.n_embd)}
-    for key in layers[0]:
-        by_layer = torch.stack([layer[key].double().cpu() for layer in layers])  # (n_layer, ...)
-        metrics[key], metrics[f"{key}_by_layer"] = by_layer.nanmean(0), by_layer
-    cosines = router_cosines(model.routers()[c.n_layer // 2].directions)
-    identity = {part: torch.cat([layer[part].flatten() for layer in identities]).cpu().numpy()
-                for part in identities[0]}
-    return Run(name, config, {key: to_json(value) for key, value in metrics.items()}, evaluations,
-               cosines.cpu().numpy(), identity, notes)
-
-
-# ---------------------------------------------------------------- the table
-
+# settings that make no other experiment
+INCIDENTAL = {"seed", "out_dir", "device", "compile", "resume", "overwrite", "bench", "config",
+              "eval_interval", "log_interval"}
 COLUMNS = (  # header, keys, what the paper reports
     ("perplexity", ("perplexity",), "kmeans 2.2 % above lossfree, about level with aux"),
-    ("load Std", ("load_std",), "aux 0.015, lossfree 0.018, kmeans 0.008"),
-    ("max violation", ("max_violation",), ""),
-    ("router similarity (chance)", ("router_similarity", "router_similarity_chance"),
+    ("load CV", ("load_cv",), "aux 0.015, lossfree 0.018, kmeans 0.008, if its Std is relative"),
+    ("max violation", ("max_violation",), "kmeans 0.037 (third-party digest)"),
+    ("similarity, mean abs cos (chance)", ("router_similarity", "router_similarity_chance"),
      "aux nearly three times lossfree"),
-    ("Spearman score, activation", ("coupling_spearman",), "positive, no number"),
+    ("signed", ("router_similarity_signed",), ""),
+    ("common share", ("common_share",), ""),
+    ("Spearman score, activation (after SiLU, SwiGLU)",
+     ("coupling_spearman", "coupling_spearman_silu", "coupling_spearman_swiglu"),
+     "0.43 (third-party digest)"),
     ("selected ratio", ("selected_ratio",), "above 1, no number"),
     ("alignment matched (mismatched)", ("alignment_matched", "alignment_mismatched"),
      "highest for kmeans, no number"),
-    ("neuron alignment matched (mismatched)",
-     ("neuron_alignment_matched", "neuron_alignment_mismatched"), ""),
+    ("token information, bits (ceiling)", ("token_information", "token_entropy"), ""),
     ("unrouted gradient share", ("unrouted_gradient_share",), "aux alone, no number"))
+ROUTER_STYLES = {  # Okabe-Ito colours; lines and markers tell them apart in grey
+    "aux": ("#E69F00", "--", "s"), "lossfree": ("#0072B2", "-", "o"),
+    "kmeans": ("#009E73", "-.", "^"), "none": ("#000000", ":", "D")}
+OTHER_STYLES = (  # the n-th other group takes the n-th of each, going round
+    ("#CC79A7", "#56B4E9", "#D55E00", "#9A8B00", "#7F3C8D", "#8C564B", "#777777"),
+    ((0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (8, 2)), (0, (4, 1, 1, 1, 1, 1))),
+    ("v", "P", "X", "<", ">", "p", "*", "h"))
+
+
+class Group(NamedTuple):
+    """Runs that differ in the seed alone: one line, one bar, one colour in every figure."""
+    label: str
+    runs: list[dict]  # the metrics of each
+    style: dict       # color, linestyle, marker
+
+    def values(self, key: str) -> np.ndarray:
+        """(seeds that have it, ...) float, nan for null."""
+        return np.array([run[key] for run in self.runs if run.get(key) is not None], dtype=float)
+
+    def mean(self, key: str):
+        """(...) over seeds; nan where none has it."""
+        values = self.values(key)
+        return values.mean(0) if len(values) else np.nan
+
+
+def experiment(run: dict) -> dict:
+    """What runs have in common whose numbers may be averaged."""
+    settings = {k: v for k, v in run["settings"].items() if k not in INCIDENTAL}
+    return settings | {"step": run["step"]}
+
+
+def differing(experiments: list[dict]) -> list[str]:
+    """The settings that are not the same in all of them."""
+    keys = dict.fromkeys(key for settings in experiments for key in settings)
+    return [key for key in keys if any(s.get(key) != experiments[0].get(key) for s in experiments)]
+
+
+def group_runs(runs: dict[str, dict]) -> tuple[list[Group], list[str]]:
+    """-> the groups, in the order of their first runs, and a note for each run that is left out
+    because it repeats a seed of its group. A group's label is the name of its first run without
+    the seed, and what differs from others of that label."""
+    found, notes = {}, []
+    for name, run in runs.items():
+        members = found.setdefault(json.dumps(experiment(run), sort_keys=True), {})
+        if run["seed"] in members:
+            notes.append(f"{name} repeats the seed of {members[run['seed']]}: means leave it out.")
+        members.setdefault(run["seed"], name)
+    groups, styles, others = [], dict(ROUTER_STYLES), 0
+    first = [next(iter(members.items())) for members in found.values()]  # (seed, name) of each
+    labels = [name.removesuffix(f"-{seed}") for seed, name in first]
+    for label, members in zip(labels, found.values()):
+        group = [runs[name] for name in members.values()]
+        same = [experiment(runs[name]) for other, (_, name) in zip(labels, first) if other == label]
+        more = [f"{key}={str(experiment(group[0]).get(key))[:8]}" for key in differing(same)]
+        style = styles.pop(group[0]["router"], None)  # the first of its router has the fixed one
+        if style is None:
+            style = [choice[others % len(choice)] for choice in OTHER_STYLES]
+            others += 1
+        style = dict(zip(("color", "linestyle", "marker"), style), markersize=4)
+        groups.append(Group(", ".join([label, *more]), group, style))
+    return groups, notes
 
 
 def mean_and_spread(seeds: list[dict], key: str) -> str:
-    values = [metrics[key] for metrics in seeds if metrics[key] is not None]
+    values = [run[key] for run in seeds if run.get(key) is not None]
     spread = f" ± {np.std(values, ddof=1):.2g}" if len(set(values)) > 1 else ""
     return f"{np.mean(values):.4g}{spread}" if values else "–"
 
@@ -353,306 +658,363 @@ def mean_and_spread(seeds: list[dict], key: str) -> str:
 def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
     """rows: (name, metrics of one run or of several seeds) -> Markdown, the paper's numbers last.
     Of several seeds: mean ± sample standard deviation."""
-    first = {}  # val.bin -> metrics of its first row: perplexities compare on the same tokens only
-    for _, seeds in rows:
-        first.setdefault(seeds[0]["val_sha256"], seeds[0])
-    letters = dict(zip(first, "abcdefghijklmnopqrstuvwxyz"))
-    lines = [("run", "router", "seed", *(header for header, _, _ in COLUMNS)),
-             ("---",) * (3 + len(COLUMNS))]
-    for name, seeds in rows:
-        cells = []
-        for _, (key, *other), _ in COLUMNS:
+    measured = [(seeds[0].get("val_sha256"), seeds[0].get("val_tokens")) for _, seeds in rows]
+    marks = list(dict.fromkeys(measured))  # perplexities compare on the same tokens only
+    lines = [("run", "router", "seed", "step", *(header for header, _, _ in COLUMNS)),
+             ("---",) * (4 + len(COLUMNS))]
+    for (name, seeds), tokens in zip(rows, measured):
+        step, planned = seeds[0]["step"], seeds[0]["settings"].get("max_iters")
+        cells = [name.replace("|", "\\|"), seeds[0]["router"],
+                 ", ".join(str(run["seed"] or "–") for run in seeds),
+                 f"{step} of {planned}" if planned and step < planned else step or "–"]
+        for _, (key, *more), _ in COLUMNS:
             cells.append(mean_and_spread(seeds, key))
-            cells[-1] += "".join(f" ({mean_and_spread(seeds, k)})" for k in other)
-            if key == "perplexity" and len(first) > 1:
-                cells[-1] += f" [{letters[seeds[0]['val_sha256']]}]"
-        lines.append((name.replace("|", "\\|"), seeds[0]["router"],
-                      ", ".join(str(metrics["seed"]) for metrics in seeds), *cells))
-    lines.append(("**paper** (1B)", "all", "", *(paper for _, _, paper in COLUMNS)))
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    if len(first) > 1:
-        corpora = ", ".join(f"[{letters[sha]}] {m['dataset']} in {m['tokenizer']} tokens"
-                            for sha, m in first.items())
-        table += ("\n\nPerplexities with different letters are not comparable: their validation "
-                  f"tokens differ: {corpora}.")
+            if more:
+                cells[-1] += f" ({', '.join(mean_and_spread(seeds, k) for k in more)})"
+        if len(marks) > 1:
+            cells[4] += f" [{marks.index(tokens) + 1}]"
+        lines.append(cells)
+    lines.append(("**paper** (1B)", "", "", "", *(paper for _, _, paper in COLUMNS)))
+    table = "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+    if len(marks) > 1:
+        table += "\n\nPerplexities with different numbers are not comparable: " + ", ".join(
+            f"[{i}] {n} tokens of val.bin {str(sha)[:8]}" for i, (sha, n) in enumerate(marks, 1))
     return table
 
 
-# ---------------------------------------------------------------- the figures
-
-class Group(NamedTuple):
-    """Runs that differ in nothing but the seed: one line, one bar, one colour in every figure."""
-    label: str     # what tells it from the other groups
-    short: str     # the same, or a letter where there is no room for all labels
-    settings: dict
-    runs: list[Run]
-    line: dict     # color, linestyle, marker
-    hatch: str
-
-    @property
-    def legend(self) -> str:
-        return self.label if self.short == self.label else f"{self.short}: {self.label}"
-
-    def values(self, key: str) -> np.ndarray:
-        """(seeds, ...) float, nan where there is no value."""
-        return np.array([run.metrics[key] for run in self.runs], dtype=float)
-
-    def mean(self, key: str) -> float:
-        return self.values(key).mean()
+def differing_settings(groups: list[Group]) -> str:
+    """One line that names every setting in which the groups differ, but for the router."""
+    experiments, parts = [experiment(group.runs[0]) for group in groups], []
+    for key in differing(experiments):
+        values = {}  # value -> labels
+        for group, settings in zip(groups, experiments):
+            values.setdefault(str(settings.get(key))[:16], []).append(group.label)
+        usual, *others = sorted(values, key=lambda value: -len(values[value]))
+        if key != "router":
+            parts.append(", ".join(f"{key} {value} ({', '.join(values[value])})"
+                                   for value in others) + f", else {usual}")
+    return f"Settings that differ: {'; '.join(parts) or 'router and seed alone'}."
 
 
-def group_runs(runs: list[Run]) -> list[Group]:
-    """In the order aux, lossfree, kmeans, none, others. A label names the router, and of preset,
-    data set and as many other settings as it takes, what is not the most common value."""
-    names = [run.config["router"] for run in runs]
-    styles = ROUTER_STYLES | {name: OWN_STYLE for name in names if name not in ROUTER_STYLES}
-    routers, found = list(styles), {}
-    for run in runs:
-        settings = {key: value for key, value in run.config.items() if key not in INCIDENTAL}
-        key = json.dumps(settings, sort_keys=True, default=str)
-        found.setdefault(key, (settings, []))[1].append(run)
-    found = sorted(found.values(), key=lambda group: routers.index(group[0]["router"]))
-    labels = [settings["router"] for settings, _ in found]
-    keys = ["config", "dataset", *(key for settings, _ in found for key in settings)]
-    for key in dict.fromkeys(keys):
-        values, before = [str(settings.get(key)) for settings, _ in found], list(labels)
-        for i, value in enumerate(values):
-            if key == "router" or value == max(values, key=values.count):
-                continue
-            if key in ("config", "dataset"):
-                labels[i] += f", {value}"
-            elif before.count(before[i]) > 1:
-                labels[i] += f", {key}={value}"
-    groups, roomy = [], len(labels) * max(map(len, labels)) <= 48
-    for label, (settings, members) in zip(labels, found):
-        at = routers.index(settings["router"])
-        twins = sum(group.settings["router"] == settings["router"] for group in groups)
-        color = styles[settings["router"]][0]  # twins share the colour, not the line
-        linestyle, marker, hatch = styles[routers[(at + twins) % len(routers)]][1:]
-        line = {"color": color, "linestyle": linestyle, "marker": marker, "markersize": 4,
-                "markerfacecolor": color if twins < len(routers) else "white"}
-        short = label if roomy else chr(ord("A") + len(groups))
-        groups.append(Group(label, short, settings, members, line, hatch))
-    return groups
+def paired_differences(groups: list[Group]) -> list[str]:
+    """Perplexity in per cent, paired by seed, mean ± its standard error, for each two groups that
+    share seeds and differ in one thing alone: the router, z_loss_coef or score_fn."""
+    lines = []
+    for b, a in combinations(groups, 2):
+        pairs = [(x["perplexity"], y["perplexity"]) for x in a.runs for y in b.runs
+                 if x["seed"] == y["seed"]]
+        if len(pairs) > 1 and differing([experiment(g.runs[0]) for g in (a, b)]) in (
+                ["router"], ["z_loss_coef"], ["score_fn"]):
+            percent = [100 * (x / y - 1) for x, y in pairs]
+            error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
+            lines.append(f"{a.label} - {b.label}: {np.mean(percent):+.2f} ± {error:.2f} % "
+                         f"(n = {len(pairs)})")
+    return lines
+
+
+# ---------------------------------------------------------------- draw: metrics.json -> figures
+# Each function draws on `fig` and returns the title: a message only where the numbers show it.
+# None: there is nothing to draw.
+
+CHANCE = dict(color="0.35", linestyle=(0, (1, 1)), linewidth=1.5)
 
 
 def draw_line(ax, group: Group, x, values: np.ndarray) -> None:
     """values (seeds, points): their mean, and a band from the lowest seed to the highest."""
-    ax.plot(x, values.mean(0), markevery=max(1, len(x) // 16), label=group.legend, **group.line)
-    if len(values) > 1:
-        ax.fill_between(x, values.min(0), values.max(0), color=group.line["color"], alpha=0.2, lw=0)
+    ax.plot(x, values.mean(0), label=group.label, **group.style)
+    ax.fill_between(x, values.min(0), values.max(0), color=group.style["color"], alpha=0.2, lw=0)
 
 
-def draw_lines(ax, groups, key: str, first: int) -> None:
-    """A line a group over first, first + 1, ...: ranks or layers."""
-    for group in groups:
-        values = group.values(key)                                   # (seeds, E or layers)
-        draw_line(ax, group, np.arange(values.shape[1]) + first, values)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+def draw_curves(ax, group: Group, curves: list[dict]) -> None:
+    """A curve {step: value} a seed, where all seeds have a value."""
+    steps = sorted(set.intersection(*map(set, curves)))
+    tokens = math.prod(group.runs[0]["settings"][key] for key in (
+        "batch_size", "gradient_accumulation_steps", "block_size"))
+    values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
+    draw_line(ax, group, np.array(steps) * tokens / 1e6, values)
+    ax.set_xlabel("training tokens (millions)")
 
 
-def draw_bars(ax, groups, key: str, shift=0.0, width=0.7, filled=True, missing="n/a") -> None:
-    """A bar a group at the mean over seeds, with its number, and a whisker from the lowest seed to
-    the highest. Filled: a white hatch on the colour; else the colour's hatch on white."""
-    for x, group in enumerate(groups):
-        values, color = group.values(key), group.line["color"]
-        low, mean, high = values.min(), values.mean(), values.max()
-        text = missing if np.isnan(mean) else f"{mean:.2g}".removeprefix("0") or "0"
-        ax.bar(x + shift, mean, width, facecolor=color if filled else "white",
-               edgecolor="white" if filled else color, hatch=group.hatch,
-               label=group.legend if filled and group.short != group.label else None)
-        if len(values) > 1:
-            ax.errorbar(x + shift, mean, [[mean - low], [high - mean]], color="0.3", capsize=3)
-        top = 0 if np.isnan(high) else high
-        ax.annotate(text, (x + shift, top), (0, 4), ha="center", fontsize=8,
-                    textcoords="offset points", rotation=0 if len(groups) < 6 else 90)
-    labels = [group.short.replace(", ", "\n") for group in groups]
-    ax.set_xticks(range(len(groups)), labels, fontsize=9)
-    ax.set_xlim(-0.6, len(groups) - 0.4)
-    ax.margins(y=0.1 if len(groups) < 6 else 0.25)
+def curve(run: dict, key: str) -> dict[int, float]:
+    return {record["step"]: record[key] for record in run["log"] if record.get(key) is not None}
 
 
-def draw_chance(ax, groups) -> None:
-    """The |cos| of random directions, once for each width."""
-    for i, C in enumerate(sorted({group.settings["n_embd"] for group in groups})):
-        ax.axhline(chance_similarity(C), color="0.35", linestyle=(0, (1, 1 + 2 * i)), zorder=3,
-                   label=f"chance, C = {C}")
+def draw_bars(ax, groups: list[Group], key: str, label: str, chance="", spec=".3f", log=False):
+    """A bar a group (a point, if `log`) at the mean over seeds, with its number, and a whisker from
+    the lowest seed to the highest. Dotted: the metric `chance`."""
+    for y, group in enumerate(groups):
+        values, style = group.values(key), group.style                   # (seeds)
+        if not len(values):
+            ax.text(0, y, " not measured", va="center", fontsize=8)
+            continue
+        values = values.clip(1e-3) if log else values
+        if log:
+            ax.plot(values.mean(), y, style["marker"], color=style["color"], markersize=7)
+        else:
+            ax.barh(y, values.mean(), 0.7, color=style["color"])
+        ax.plot([values.min(), values.max()], [y, y], color="0.55", linewidth=2)
+        ax.annotate(f"{values.mean():{spec}}", (max(0, values.max()), y), (8, 0), va="center",
+                    fontsize=8, textcoords="offset points")
+        if chance:
+            level = max(group.mean(chance), 1e-3)
+            ax.plot([level, level], [y - 0.5, y + 0.5], **CHANCE)
+    ax.set(xlabel=label, ylim=(len(groups) - 0.4, -0.6))
+    ax.set_yticks(range(len(groups)), [group.label for group in groups], fontsize=9)
+    if log:
+        plain_log(ax, "x")
+        ax.margins(x=0.1)
+    else:
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.locator_params(axis="x", nbins=5)
+        ax.set_xlim(ax.get_xlim()[0], ax.get_xlim()[1] + 0.15 * np.ptp(ax.get_xlim()))
 
 
-def listed(groups, key: str, spec: str = ".2f") -> str:
-    """"aux 0.31, kmeans 0.40"; no line breaks between a name and its number."""
-    return ", ".join(f"{group.short}\u00a0{group.mean(key):{spec}}" for group in groups
-                     if not math.isnan(group.mean(key))) or "none"
+def plain_log(ax, which: str) -> None:
+    """Makes the axis x or y logarithmic, with numbers as one writes them."""
+    if getattr(ax.dataLim, f"interval{which}").max() <= 0:
+        return  # a single expert has no spread
+    ax.set(**{f"{which}scale": "log"})
+    axis = getattr(ax, f"{which}axis")
+    axis.get_major_locator().set_params(subs=(1, 2, 5))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def add_legend(fig, ax) -> None:
-    """The legend of `ax`, if it has any, below the whole figure in as many columns as fit."""
-    handles, labels = ax.get_legend_handles_labels()
-    if labels:
-        columns = max(1, 110 // (8 + max(map(len, labels))))
-        fig.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
 
 
 def draw_coupling(fig, groups) -> str:
-    left, right = fig.subplots(1, 2)
-    draw_lines(left, groups, "coupling_by_rank", 1)
-    draw_lines(right, groups, "coupling_spearman_by_layer", 0)
-    left.axhline(1, color="0.35", linestyle=(0, (1, 1)), label="no coupling")
-    right.axhline(0, color="0.35", linestyle=(0, (1, 1)))
-    left.set(xlabel="router rank of the expert (1: highest score)",
-             ylabel="gate-neuron activation\n(1: the expert's mean over tokens)")
-    right.set(xlabel="layer", ylabel="Spearman correlation of\nrouter score and activation")
-    add_legend(fig, left)
-    return f"Coupling: Spearman of score and activation {listed(groups, 'coupling_spearman')}"
-
-
-def similarity_ratio(groups) -> str:
-    """Router similarity of aux over that of lossfree where nothing else differs."""
-    ratios = []
-    for aux in groups:
-        for free in groups:
-            if free.settings["router"] == "lossfree" \
-                    and aux.settings == free.settings | {"router": "aux"}:
-                ratio = aux.mean("router_similarity") / free.mean("router_similarity")
-                ratios.append(f"{ratio:.2f}{aux.label.removeprefix('aux')}")
-    return "; ".join(ratios) or "unknown, as no two such runs differ in nothing else"
-
-
-def draw_similarity(fig, groups) -> str:
-    left, right = fig.add_gridspec(1, 2, width_ratios=(1.1, 1))
-    columns, maps = math.ceil(math.sqrt(len(groups))), []
-    left = left.subgridspec(math.ceil(len(groups) / columns), columns)
-    matrices = [group.runs[0].cosines for group in groups]
-    scale = max(0.01, *(np.abs(cosines - np.eye(len(cosines))).max() for cosines in matrices))
-    for i, group in enumerate(groups):
-        ax = fig.add_subplot(left[i // columns, i % columns])
-        # from dark for -1 to light for +1: the sign survives in greyscale
-        image = ax.imshow(matrices[i], vmin=-scale, vmax=scale, cmap="cividis")
-        ax.set_title(f"{group.short}, layer {group.settings['n_layer'] // 2}", fontsize=9)
-        ax.set(xticks=[], yticks=[], xlabel="expert", ylabel="expert")
-        maps.append(ax)
-    fig.colorbar(image, ax=maps, extend="max", location="bottom", shrink=0.8, aspect=30,
-                  label="cosine of two router directions (diagonal: 1)")
-    ax = fig.add_subplot(right)
-    draw_lines(ax, groups, "router_similarity_by_layer", 0)
-    draw_chance(ax, groups)
-    ax.set(xlabel="layer", ylabel="mean |cosine| of two router directions", ylim=(0, None))
+    ax = fig.subplots()
+    for group in groups:
+        values = group.values("coupling_by_rank")                        # (seeds, E)
+        draw_line(ax, group, range(1, values.shape[1] + 1), values)
+    ax.axhline(1, **CHANCE, label="no coupling")
+    ax.set(xlabel="rank that the router gives the expert (1: highest score)",
+           ylabel="||W_gate x||, the norm of the gate's\npre-activation (1: mean over tokens)")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     add_legend(fig, ax)
-    return (f"Router similarity, aux / lossfree: {similarity_ratio(groups)} "
-            "(paper: nearly three times)")
-
-
-def draw_alignment(fig, groups) -> str:
-    axes = fig.subplots(1, 3)
-    for ax, key, title in zip(axes, ("alignment", "mean_row_alignment", "neuron_alignment"), (
-            "top singular vector of W_gate", "mean row of W_gate", "single rows of W_gate, mean")):
-        draw_bars(ax, groups, f"{key}_matched", -0.2, 0.38)
-        draw_bars(ax, groups, f"{key}_mismatched", 0.2, 0.38, filled=False)
-        draw_chance(ax, groups)
-        ax.set_title(title, fontsize=10)
-    axes[0].set_ylabel("|cosine| with a router direction")
-    axes[1].set_xlabel("filled: of the same expert      outlined: of another expert")
-    add_legend(fig, axes[0])
-    return f"Router-expert alignment, same expert: {listed(groups, 'alignment_matched')}"
+    if all(group.mean("coupling_by_rank").argmax() == 0 for group in groups):
+        return "Experts react most to the tokens their router ranks first"
+    return "How strongly experts react, by the rank that their router gives them"
 
 
 def draw_load(fig, groups) -> str:
-    columns = min(6, len(groups))
-    rows, ax = math.ceil(len(groups) / columns), None
-    fig.set_figheight(fig.get_figheight() + 1.5 * (rows - 1))
-    top, bottom = fig.subfigures(2, 1, height_ratios=(rows, 1 + 0.1 * max(0, len(groups) - 5)))
-    for i, group in enumerate(groups):
+    rows, columns = math.ceil(len(groups) / 4), min(4, len(groups))
+    top, bottom = fig.subfigures(2, 1, height_ratios=(0.6 + 1.6 * rows, 0.8 + 0.25 * len(groups)))
+    loads = [group.mean("load_sorted_by_layer") for group in groups]     # (n_layer, E) each
+    loads = [load * load.shape[1] for load in loads]
+    low, high, ax = min(map(np.min, loads)), max(map(np.max, loads)), None
+    for i, (group, load) in enumerate(zip(groups, loads)):
         ax = top.add_subplot(rows, columns, i + 1, sharey=ax)
-        load = group.values("load_sorted_by_layer").mean(0)          # (layers, E)
-        for depth, shares in zip(np.linspace(0, 1, len(load)), load):
-            ax.plot(range(1, len(shares) + 1), shares * len(shares), color=group.line["color"],
-                    alpha=1 - 0.7 * depth, linewidth=1 + 2 * depth)
-        ax.axhline(1, color="0.35", linestyle=(0, (1, 1)))
-        ax.set_title(group.short.replace(", ", "\n"), fontsize=10)
+        for depth, line in zip(np.linspace(0, 1, len(load)), load):
+            ax.plot(range(1, len(line) + 1), line, color=group.style["color"],
+                    alpha=1 - 0.6 * depth, linewidth=1 + 2 * depth)
+        ax.axhline(1, **CHANCE)
+        ax.set_title(group.label, fontsize=10)
+        ax.set_yscale("symlog", linthresh=0.1, linscale=0.4)
+        ax.set_yticks([0, 0.1, 0.3, 1, 3, 10, 30], ["0", "0.1", "0.3", "1", "3", "10", "30"])
         ax.xaxis.get_major_locator().set_params(integer=True)
-    top.supxlabel("expert, busiest first (thin and dark: first layer; wide and light: last layer; "
-                  "dotted: uniform load)", fontsize=10)
-    top.supylabel("load / uniform load", fontsize=10)
-    ax = bottom.subplots()
-    draw_bars(ax, groups, "load_std", width=0.5)
-    for x, group in enumerate(groups):
-        if group.settings["router"] in PAPER_STD:
-            ax.plot(x + 0.35, PAPER_STD[group.settings["router"]], "kD", markersize=6)
-    ax.set_ylabel("Std of the load share\n(diamond: the paper's, 1B)")
-    add_legend(bottom, ax)
-    return f"Load Std: {listed(groups, 'load_std', '.4f')} (paper: 0.015, 0.018, 0.008)"
+    ax.set_ylim(0 if low < 0.3 else 0.3, max(3, 1.3 * high))
+    top.supxlabel("expert, busiest first (thin: first layer, wide and light: last)", fontsize=10)
+    top.supylabel("load / even load", fontsize=10)
+    draw_bars(bottom.subplots(), groups, "load_cv", "Std of the load / even load (dotted: what "
+              "sampling alone gives)", "load_cv_sampling", ".2g", log=True)
+    *others, most = sorted(groups, key=lambda group: group.mean("load_cv"))
+    second = others[-1].mean("load_cv") if others else math.inf
+    if most.mean("load_cv") > 2 * second:
+        ratio = most.mean("load_cv") / second
+        return f"The load of {most.label} is {ratio:.1f} times as uneven as any other"
+    return "How evenly the experts are loaded"
 
 
-def draw_training(fig, groups) -> str:
-    axes, last = fig.subplots(1, 3), []
+def draw_similarity(fig, groups) -> str:
+    top, bottom = fig.subfigures(2, 1, height_ratios=(3, 0.8 + 0.25 * len(groups)))
+    order = sorted(groups, key=lambda group: group.mean("router_similarity"))
+    chosen = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})]
+    maps = [np.array(group.runs[0]["cosines"]) for group in chosen]      # (E, E) each
+    scale = max(np.abs(m - np.eye(len(m))).max() for m in maps) or 1
+    axes = top.subplots(1, len(maps), squeeze=False)[0]
+    for ax, cosines, group in zip(axes, maps, chosen):
+        cosines[np.eye(len(cosines), dtype=bool)] = np.nan  # always 1: grey
+        image = ax.imshow(cosines, vmin=-scale, vmax=scale, cmap="RdBu_r")
+        ax.set_title(f"{group.label}, layer {group.runs[0]['middle_depth']}", fontsize=10)
+        ax.set(xticks=[], yticks=[], xlabel="expert", ylabel="expert", facecolor="0.6")
+    top.colorbar(image, ax=axes, label="cosine of two router directions")
+    left, right = bottom.subplots(1, 2, sharey=True)
+    draw_bars(left, groups, "router_similarity", "mean |cosine| (dotted: chance)",
+              "router_similarity_chance")
+    draw_bars(right, groups, "router_similarity_signed", "mean cosine (chance: 0)", spec="+.3f")
+    least, most = (group.mean("router_similarity") for group in (order[0], order[-1]))
+    if most > 2 * least:
+        return (f"Router directions in {order[-1].label} are {most / least:.1f} times as alike as "
+                f"in {order[0].label}")
+    return "How alike router directions are"
+
+
+def draw_common_mode(fig, groups) -> str:
+    logged = [group for group in groups if all(run["log"] for run in group.runs)]
+    *left, right = fig.subplots(1, 2 if logged else 1, squeeze=False)[0]
+    for ax in left:
+        for group in logged:
+            draw_curves(ax, group, [curve(run, "router_similarity") for run in group.runs])
+        for group in [group for group in logged if group.runs[0]["router"] == "lossfree"][:1]:
+            start, (low, x) = group.mean("router_similarity"), ax.get_xlim()
+            ax.set_xlim(low, x + 0.04 * (x - low))  # room for a bracket
+            ax.annotate("", (x, 3 * start), (x, start), arrowprops=dict(
+                arrowstyle="|-|,widthA=0.3,widthB=0.3"))
+            ax.annotate(f"the paper: aux nearly\nthree times {group.label}", (x, 3 * start),
+                        (0, 6), textcoords="offset points", ha="right", fontsize=8)
+            ax.set_ylim(0, max(ax.get_ylim()[1], 3.8 * start))
+        ax.set_ylabel("mean |cosine| of router directions")
+        add_legend(fig, ax)
+    draw_bars(right, groups, "common_share", "share of the mean hidden state in a router\n"
+              "direction's energy (dotted: chance)", "common_share_chance")
+    alike, common = ([group.mean(key) for group in groups]
+                     for key in ("router_similarity", "common_share"))
+    if max(alike) > 2 * min(alike) and np.corrcoef(alike, common)[0, 1] > 0.9:
+        return "Router directions that grow alike line up with the mean hidden state"
+    return "How alike router directions grow, and what they share with the hidden states"
+
+
+def draw_alignment(fig, groups) -> str:
+    left, right = fig.subplots(1, 2, width_ratios=(1.6, 1), sharey=True)
+    draw_bars(left, groups, "alignment_difference",
+              "|cosine| of router direction and expert: same expert minus another")
+    for y, group in enumerate(groups):
+        right.plot(group.mean("alignment_matched"), y, "o", color=group.style["color"])
+        right.plot(group.mean("alignment_mismatched"), y, "o", color=group.style["color"],
+                   markerfacecolor="white")
+    right.set_xlabel("filled: same expert, open: another")
+    right.set_xlim(0, 1.05 * right.get_xlim()[1])
+    if all((group.values("alignment_difference") > 0).all() for group in groups):
+        return "A router direction fits its own expert better than the others"
+    return "How well router directions fit their experts"
+
+
+def draw_training(fig, groups) -> str | None:
+    groups = [group for group in groups if all(run["log"] for run in group.runs)]
+    if not groups:
+        return None
+    (a, b), (c, d) = fig.subplots(2, 2)
+    base = next((group for group in groups if group.runs[0]["router"] == "lossfree"), groups[0])
+    losses = {run["seed"]: curve(run, "val_loss") for run in base.runs}
+    for group in sorted(groups, key=lambda group: group.runs[0]["router"] == "none"):
+        b.autoscale(group.runs[0]["router"] != "none")  # which comes last: it sets no scale
+        for ax, key in ((a, "perplexity"), (c, "load_std"), (d, "coupling_spearman")):
+            draw_curves(ax, group, [curve(run, key) for run in group.runs])
+        relative = []
+        for run in group.runs:
+            other = losses.get(run["seed"], next(iter(losses.values())))
+            relative.append({step: loss - other[step] for step, loss in curve(
+                run, "val_loss").items() if step in other and step})
+        draw_curves(b, group, relative)
+    a.set(ylabel="validation perplexity")
+    b.set(ylabel=f"validation loss\nminus that of {base.label} (nats)")
+    c.set(ylabel="Std of the load share")
+    d.set(ylabel="Spearman of score and activation")
+    d.axhline(0, **CHANCE)
+    plain_log(a, "y")
+    plain_log(c, "y")
+    add_legend(fig, a)
+    curves = [curve(run, "coupling_spearman") for group in groups for run in group.runs]
+    if all(curves) and all(abs(c[min(c)]) < 0.1 < c[max(c)] for c in curves):
+        return "There is no coupling at first; it accumulates in training, under every router"
+    return "Training: perplexity, balance and coupling"
+
+
+def draw_gradients(fig, groups) -> str | None:
+    groups = [group for group in groups if len(group.values("gradient_reach"))]
+    with_aux = [group for group in groups if len(group.values("aux_gradient_ratio"))]
+    if not groups:
+        return None
+    left, *right = fig.subplots(1, 2 if with_aux else 1, squeeze=False)[0]
+    draw_bars(left, groups, "gradient_reach", "experts whose router rows\none token's gradient "
+              "reaches", spec=".3g")
+    for ax in right:
+        for group in with_aux:
+            tokens = group.values("aux_gradient_tokens")[0]
+            draw_line(ax, group, tokens, group.values("aux_gradient_ratio"))
+        plain_log(ax, "x")
+        plain_log(ax, "y")
+        ax.set_xticks(tokens, [f"{n:,.0f}" for n in tokens])
+        ax.set(xlabel="tokens in a step", ylabel="gradient of the router rows:\n"
+               "auxiliary / language-model loss")
+        add_legend(fig, ax)
+    wide = [group for group in groups
+            if group.mean("gradient_reach") > group.runs[0]["top_k"] + 0.5]
+    if wide and [g.label for g in wide] == [g.label for g in with_aux] and wide != groups:
+        return "Only an auxiliary loss moves the rows of experts that a token does not visit"
+    return "How far one token's gradient reaches in the router"
+
+
+def draw_experts(fig, groups) -> str | None:
+    named, panels = groups[-1], {}
     for group in groups:
-        logs = [run.evaluations for run in group.runs if run.evaluations]
-        steps = sorted(set.intersection(*map(set, logs))) if logs else []
-        if not steps:
-            continue
-        tokens = np.array(steps) * math.prod(group.settings.get(key, 1) for key in (
-            "batch_size", "gradient_accumulation_steps", "block_size"))
-        for ax, key in zip(axes, ("perplexity", "load_std", "router_similarity")):
-            values = np.array([[log[step].get(key) for step in steps] for log in logs], dtype=float)
-            draw_line(ax, group, tokens / 1e6, values)
-            if key == "perplexity":
-                last.append(f"{group.short}\u00a0{values[:, -1].mean():.2f}")
-    for ax, label in zip(axes, ("validation perplexity", "Std of the load share",
-                                "mean |cosine| of router directions")):
-        ax.set(xlabel="training tokens (millions)", ylabel=label)
-        ax.locator_params(axis="x", nbins=4)
-    axes[0].set_yscale("log", subs=())
-    axes[0].yaxis.get_major_locator().set_params(subs=(1, 1.5, 2, 3, 5, 7))
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[1].set_ylim(0)
-    axes[2].set_ylim(0)
-    draw_chance(axes[2], groups)
-    add_legend(fig, axes[2])
-    return f"Training: last validation perplexity {', '.join(last) or 'unknown, without log.jsonl'}"
+        if group.runs[0]["text"]:
+            panels.setdefault(group.runs[0]["router"], group)
+    groups = list(panels.values())[:4]  # the first of each router
+    if not groups:
+        return None
+    fig.set_layout_engine("none")
+    width, left, right, height = 70, 0.02, 0.67, 0.9 / len(groups)
+    # a character of this font is 0.602 of its size wide
+    font = dict(family="DejaVu Sans Mono", va="center_baseline",
+                size=fig.get_figwidth() * (right - left) * 72 / width / 0.602)
+    for i, group in enumerate(groups):
+        run = group.runs[0]
+        colors = expert_colors(run["n_expert"])
+        ax = fig.add_axes((left, 0.92 - (i + 1) * height, right - left, height - 0.035))
+        ax.set(xlim=(0, width), ylim=(8, 0))
+        ax.set_axis_off()
+        ax.set_title(f"{group.label}, layer {run['middle_depth']}", fontsize=10, loc="left", pad=2)
+        for y, line in enumerate(run["text"]):
+            x = 0
+            for text, expert in line:
+                text = text.replace("\n", "↵")[:width - x]
+                ax.barh(y + 0.5, len(text), 0.92, x, color=colors[expert], edgecolor="white",
+                        linewidth=0.4)
+                ax.text(x, y + 0.5, text, **font)
+                x += len(text)
+    run = named.runs[-1]
+    E = run["n_expert"]
+    font["size"] = min(font["size"], 5.6 * 72 / E / 1.2)
+    ax = fig.add_axes((right + 0.02, 0.02, 0.98 - right - 0.02, 0.865))
+    ax.set(xlim=(0, 34), ylim=(E, 0))
+    ax.set_axis_off()
+    ax.set_title(f"Which tokens each expert of {named.label}\n(seed {run['seed']}) gets more than "
+                 "its share of", fontsize=10, loc="left", pad=2)
+    for expert, (color, texts) in enumerate(zip(expert_colors(E), run["favourite_tokens"])):
+        ax.barh(expert + 0.5, 3, 0.92, color=color)
+        ax.text(0.5, expert + 0.5, f"{expert:2}", **font)
+        ax.text(4, expert + 0.5, "  ".join(text[:10] for text in texts)[:32], **font)
+    if all(g.mean("token_information") > 0.5 * g.mean("token_entropy") for g in groups):
+        return "Which expert a token goes to follows mostly from the token itself"
+    return "The same text under each router, each token on the colour of its first expert"
 
 
-def draw_gradients(fig, groups) -> str:
-    left, right = fig.subplots(1, 2, width_ratios=(1.6, 1))
-    lowest, n_rows, jitter = 1.0, 0, np.random.default_rng(0)
-    for p, part in enumerate(("router", "gate", "up")):
-        for i, group in enumerate(groups):
-            x = p + (i - (len(groups) - 1) / 2) * 0.8 / len(groups)
-            cosines = np.concatenate([run.identity.get(part, np.empty(0)) for run in group.runs])
-            cosines = cosines[~np.isnan(cosines)]
-            lowest, n_rows = min(lowest, cosines.min(initial=1.0)), n_rows + len(cosines)
-            left.plot(x + jitter.uniform(-0.25, 0.25, len(cosines)) / len(groups), cosines,
-                      label=None if p else group.legend,
-                      **group.line | {"linestyle": "", "markersize": 3})
-            text = f"{group.mean(f'identity_experts_{part}'):.3g} of {group.settings['n_expert']}"
-            left.annotate(text, (x, 0.95), rotation=90, ha="center", va="top", fontsize=8)
-    draw_chance(left, groups)
-    left.set_xticks(range(3), ["router rows", "gate neurons", "up neurons"])
-    left.set(ylim=(0, 1.05), ylabel="|cosine| of gradient row and token",
-             xlabel="one token (upright: experts that its gradient reaches)")
-    draw_bars(right, groups, "unrouted_gradient_share", missing="no\ngradient")
-    right.set(ylabel="share of router-gradient energy\nfrom tokens not routed to the expert")
-    right.set_ylim(0, max(1e-3, right.get_ylim()[1]))
-    add_legend(fig, left)
-    return (f"One token: lowest |cosine| of {n_rows:,} gradient rows with it {lowest:.7f}. "
-            f"Energy from unrouted tokens: {listed(groups, 'unrouted_gradient_share', '.2g')}")
+FIGURES = {  # file: what draws it, its height in inches and that of one group more
+    "coupling": (draw_coupling, 4.6, 0.05), "load": (draw_load, 4.6, 0.5),
+    "similarity": (draw_similarity, 4.6, 0.25), "common_mode": (draw_common_mode, 3.8, 0.15),
+    "alignment": (draw_alignment, 2.0, 0.3), "training": (draw_training, 6, 0.05),
+    "gradients": (draw_gradients, 2.8, 0.25), "experts": (draw_experts, 7, 0)}
 
 
-FIGURES = {  # file: what draws it and returns its title, height in inches
-    "coupling": (draw_coupling, 4.2), "similarity": (draw_similarity, 5),
-    "alignment": (draw_alignment, 4.2), "load": (draw_load, 6), "training": (draw_training, 4),
-    "gradients": (draw_gradients, 4.6)}
-
-
-def draw_figures(runs: list[Run], out_dir: Path) -> list[Path]:
+def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
     """-> the PNG files, 1350 pixels wide. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure  # in place of pyplot: no global state, no display
 
-    groups, paths = group_runs(runs), []
-    for name, (draw, height) in FIGURES.items():
-        fig = Figure(figsize=(9, height + 0.2 * max(0, len(groups) - 5)), layout="constrained")
-        fig.suptitle(textwrap.fill(draw(fig, groups), 100), fontsize=11)
-        paths.append(out_dir / f"{name}.png")
-        fig.savefig(paths[-1], dpi=150)
+    paths = []
+    for name, (draw, height, more) in FIGURES.items():
+        path = out_dir / f"{name}.png"
+        fig = Figure(figsize=(9, height + more * len(groups)), layout="constrained")
+        title = draw(fig, groups)
+        if title is None:
+            path.unlink(missing_ok=True)  # that of an earlier analysis
+            continue
+        fig.suptitle(title, fontsize=13)
+        fig.savefig(path, dpi=150)
+        paths.append(path)
     return paths
 
 
@@ -661,15 +1023,25 @@ def draw_figures(runs: list[Run], out_dir: Path) -> list[Path]:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="*", type=Path, metavar="RUN",
-                        help="folder of a run, such as out/kmeans (default: all under out/)")
-    parser.add_argument("--out_dir", type=Path, default=Path("out/analysis"), metavar="DIR",
+    parser.add_argument("run", nargs="*", metavar="RUN", help="folder of a run, such as "
+                        "out/kmeans, or a metrics.json (default: all runs under out/)")
+    parser.add_argument("--out_dir", default="out/analysis", metavar="DIR",
                         help="where metrics.json and the figures go (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=16384, metavar="N",
-                        help="validation tokens that each run sees (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, metavar="N",
+                        help="tokens on which each model is seen at work; perplexity and load of a "
+                             "run are of its last evaluation (default: 16384, with --hf 4096)")
+    parser.add_argument("--hf", action="append", default=[], metavar="DIR",
+                        help="folder, or name on the hub, of a model to load with transformers; "
+                             "may be given several times, and beside runs")
+    parser.add_argument("--text", metavar="FILE", help="what it reads: a text file or folder "
+                        "(default: this Python's own library)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+                        help="what it computes in (default: auto, as it is stored)")
     parser.add_argument("--device", default="auto",
                         help="auto, cpu, cuda or cuda:N (default: auto)")
     args = parser.parse_args(argv)
+    if args.tokens is None:
+        args.tokens = 4096 if args.hf else 16384
     if args.tokens < 1:
         parser.error(f"--tokens must be positive, not {args.tokens}")
     if args.device == "auto":
@@ -678,47 +1050,71 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         torch.empty(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         parser.error(f"--device={args.device} is not a device of this machine")
-    folders = args.run or sorted(path.parent for path in Path("out").rglob("ckpt.pt"))
-    if not folders:
-        raise ValueError("there is no run under out/; train one with python train.py.")
-    args.run = list({folder.resolve(): folder for folder in folders}.values())  # each once
     return args
 
 
-def main(argv: list[str]) -> None:
-    args = parse_args(argv)
+def read_metrics(path: Path) -> dict[str, dict]:
+    """A metrics.json -> {name of a run: its metrics}."""
     try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
+        runs = json.loads(path.read_text())
+        for run in runs.values():
+            run["router"], run["seed"], run["step"], run["settings"], run["text"], run["cosines"]
+        return runs
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None
+
+
+def main(argv: list[str]) -> None:
+    args, runs = parse_args(argv), {}
+    sources = [Path(run).expanduser() for run in args.run]
+    if not (sources or args.hf):
+        sources = sorted(path.parent for path in Path("out").rglob("ckpt.pt"))
+    models = [Path(name).expanduser() for name in args.hf]
+    if not (sources or models):
+        raise ValueError("there is no run under out/; train one with python train.py.")
+    out_dir = Path(args.out_dir).expanduser()
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out_dir={args.out_dir} cannot be a folder ({error.strerror}); name "
+        raise ValueError(f"--out_dir={out_dir} cannot be a folder ({error.strerror}); name "
                          "another.") from error
-    names, runs = [folder.resolve().name for folder in args.run], []
-    for folder, name in zip(args.run, names):
+    for source in {path.resolve(): path for path in (*sources, *models)}.values():  # each once
+        notes = []
         try:
-            name = name if names.count(name) == 1 else folder.as_posix()
-            runs.append(measure_run(folder, name, args.tokens, args.device))
-            notes = runs[-1].notes
+            if source.suffix == ".json":
+                found = read_metrics(source)
+            else:
+                run = (observe_hf(source, args.text, args.tokens, args.device, args.dtype)
+                       if source in models else
+                       observe_run(source, args.tokens, args.device, runs.values()))
+                found, notes = {run.name: measure(run)}, run.notes
+            for name, metrics in found.items():
+                runs[f"{source.parent}/{name}" if name in runs else name] = metrics
         except torch.OutOfMemoryError:
-            notes = [f"{folder} is left out: it needs more memory than {args.device} has."]
+            notes = [f"{source} is left out: it needs more memory than {args.device} has."]
         except (ValueError, OSError) as error:
-            notes = [f"{folder} is left out: {textwrap.shorten(str(error), 400)}"]  # on one line
+            notes = [f"{source} is left out: {' '.join(str(error).split())}"]  # on one line
         for note in notes:
             print(note, file=sys.stderr)
     if not runs:
         raise ValueError("no run is left to analyze.")
 
-    path = args.out_dir / "metrics.json"
+    path = out_dir / "metrics.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({run.name: run.metrics for run in runs}, indent=1) + "\n")
+    temporary.write_text(json.dumps(runs) + "\n")
     os.replace(temporary, path)  # a reader sees the old file or the new one
-    print(markdown_table([(run.name, [run.metrics]) for run in runs]))
-    groups = group_runs(runs)
-    if len(groups) < len(runs):
+    groups, notes = group_runs(runs)
+    print(markdown_table([(name, [run]) for name, run in runs.items()]), differing_settings(groups),
+          *notes, sep="\n\n")
+    if any(len(group.runs) > 1 for group in groups):
         print("\nMean ± sample standard deviation over seeds:\n")
-        print(markdown_table([(g.label, [run.metrics for run in g.runs]) for g in groups]))
+        print(markdown_table([(group.label, group.runs) for group in groups]))
+    if differences := paired_differences(groups):
+        print("\nPerplexity, paired by seed, mean difference ± its standard error:\n")
+        print(*differences, sep="  \n")
     figures = []
     try:
-        figures = draw_figures(runs, args.out_dir)
+        figures = draw_figures(groups, out_dir)
     except ImportError:
         print("matplotlib is missing: for the figures run pip install matplotlib, then this "
               "command again.", file=sys.stderr)
@@ -726,10 +1122,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"analyze.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    cli(main)

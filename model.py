@@ -11,7 +11,11 @@ Shapes: B batch, T sequence, N = B*T tokens, C = n_embd, D = C / n_head, V = voc
 The block is that of Qwen3-MoE without grouped-query attention: pre-norm, RMSNorm, RoPE, RMSNorm on
 each head of q and k, no biases, no dropout, an untied head. There is no capacity limit: every token
 reaches its K experts."""
+import colorsys
+import json
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -36,6 +40,7 @@ class Config:
     router: str = "kmeans"           # aux, lossfree, kmeans or none
     score_fn: str = "softmax"        # softmax or sigmoid: the scores of the learned routers
     aux_loss_coef: float = 0.01      # aux: weight of the load-balancing loss
+    z_loss_coef: float = 0.0         # learned routers: weight of the z-loss; OLMoE takes 0.001
     bias_update_rate: float = 1e-3   # lossfree, kmeans: step of the selection bias
     ema_decay: float = 0.999         # kmeans: share of a centroid kept a step; 0.99 adds 0.03 nats
     gate_temperature: float = 0.1    # kmeans: temperature of the softmax over cosines in the gates
@@ -53,8 +58,8 @@ class Config:
                    f"from 1 to n_expert = {self.n_expert}")
         self.check(self.router in ROUTERS, "router", f"one of {', '.join(ROUTERS)}")
         self.check(self.score_fn in ("softmax", "sigmoid"), "score_fn", "softmax or sigmoid")
-        self.check(0 <= self.aux_loss_coef < float("inf"), "aux_loss_coef", "0 or more")
-        self.check(0 <= self.bias_update_rate < float("inf"), "bias_update_rate", "0 or more")
+        for name in ("aux_loss_coef", "z_loss_coef", "bias_update_rate"):
+            self.check(0 <= getattr(self, name) < float("inf"), name, "0 or more")
         self.check(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)")
         self.check(0 < self.gate_temperature < float("inf"), "gate_temperature", "positive")
 
@@ -71,7 +76,6 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        # only the weights of these two are used: forward() norms q and k together
         self.q_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=1e-6)
         self.k_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=1e-6)
 
@@ -79,14 +83,10 @@ class Attention(nn.Module):
         """x (B, T, C), cos and sin (T, D) -> (B, T, C)."""
         B, T, C = x.shape
         # split(): the backward of indexing would fill a gradient of all of q, k and v with zeros
-        qk, v = self.qkv_proj(x).split([2 * C, C], dim=-1)              # (B, T, 2C), (B, T, C)
-        v = v.view(B, T, self.n_head, -1).transpose(1, 2)               # (B, heads, T, D)
-        qk = qk.view(B, T, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)   # (2, B, heads, T, D)
-        # q and k take the same steps, so they take them together: half the kernels
-        weight = torch.stack([self.q_norm.weight, self.k_norm.weight])  # (2, D)
-        qk = F.rms_norm(qk, weight.shape[1:], eps=self.q_norm.eps)
-        qk = qk * weight[:, None, None, None]                           # (2, B, heads, T, D)
-        q, k = rotate(qk, cos, sin).to(v.dtype)                         # (B, heads, T, D) each
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)     # (B, heads, T, D) each
+                   for part in self.qkv_proj(x).split(C, dim=-1))
+        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)                # (B, heads, T, D)
+        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)                # (B, heads, T, D)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # (B, heads, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -99,11 +99,94 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
-class SMoE(nn.Module):
-    """Sparse mixture of SwiGLU experts in four steps: route, dispatch, experts, combine.
+def experts_by_definition(x, indices, gates, w_gate, w_up, w_down) -> Tensor:
+    """What the experts compute, by a loop over them: slow, and the whole idea.
 
         y_t = sum over the K experts i of token t of
-              gate_ti * W_down_i (silu(W_gate_i x_t) * W_up_i x_t)"""
+              gate_ti * W_down_i (silu(W_gate_i x_t) * (W_up_i x_t))
+
+    x (N, C), indices and gates (N, K), w_gate and w_up (E, H, C), w_down (E, C, H) -> y (N, C)."""
+    y = torch.zeros_like(x)
+    for i in range(len(w_gate)):
+        token, rank = (indices == i).nonzero(as_tuple=True)             # (n) each: who comes to i
+        a, b = x[token] @ w_gate[i].t(), x[token] @ w_up[i].t()         # (n, H) each
+        out = (F.silu(a) * b) @ w_down[i].t()                           # (n, C)
+        y = y.index_add(0, token, gates[token, rank, None] * out)
+    return y
+
+
+class Experts(torch.autograd.Function):
+    """The same without the loop, and with its backward pass written out: that backward pass is the
+    claim of this project.
+
+    Rows are sorted by expert, so that each matrix is one grouped product; they move by the sorting
+    permutation and its inverse in both directions, as gathers: nothing is added atomically, so two
+    runs agree to the last bit. The gate scales the narrow activation in front of W_down, not the
+    wide result behind it, as a row scale commutes with the product. Saved for the backward pass are
+    the inputs and the pre-activations a and b; the cheap rest is computed again, so activation
+    memory does not grow with K copies of the hidden states (the idea of SonicMoE, arXiv
+    2512.14080; torch.compile sees that xs and h are computed twice and keeps them after all).
+
+    x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
+    float32; order (N*K): the assignments t * K + k in expert order; inverse (N, K): the place of
+    each assignment in `order`; ends (E) int32: where each expert's rows end. Returns y (N, C)."""
+
+    @staticmethod
+    def forward(ctx, x, gates, w_gate, w_up, w_down, order, inverse, ends):
+        xs = x.index_select(0, order // gates.shape[1])                  # (N*K, C) dispatch
+        gate = gates.flatten()[order, None].to(x.dtype)                  # (N*K, 1)
+        a = grouped_mm(xs, w_gate.transpose(1, 2), offs=ends)            # (N*K, H) experts
+        b = grouped_mm(xs, w_up.transpose(1, 2), offs=ends)              # (N*K, H)
+        h = F.silu(a) * b                                                # (N*K, H)
+        ys = grouped_mm(gate * h, w_down.transpose(1, 2), offs=ends)     # (N*K, C)
+        ctx.save_for_backward(x, gates, w_gate, w_up, w_down, order, inverse, ends, a, b)
+        return gather_sum(ys, inverse)                                   # (N, C) combine
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, gates, w_gate, w_up, w_down, order, inverse, ends, a, b = ctx.saved_tensors
+        token = order // gates.shape[1]                                  # (N*K)
+        xs = x.index_select(0, token)                                    # (N*K, C)
+        gate = gates.flatten()[order, None].to(x.dtype)                  # (N*K, 1)
+        silu = F.silu(a)                                                 # (N*K, H)
+        h = silu * b                                                     # (N*K, H)
+
+        dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
+        dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H) of gate * h
+        dgates = (dgh * h).sum(1, dtype=gates.dtype)[inverse]            # (N, K)
+        dh = gate * dgh                                                  # (N*K, H)
+        da = torch.ops.aten.silu_backward(dh * b, a)                     # (N*K, H)
+        db = dh * silu                                                   # (N*K, H)
+
+        # each row of dW_gate_i and dW_up_i is a sum of (scalar) * x_t over the tokens of expert i,
+        # and so is the gradient of the router row r_i: the geometric coupling
+        dw_gate = weight_gradient(da, xs, ends)                          # (E, H, C)
+        dw_up = weight_gradient(db, xs, ends)                            # (E, H, C)
+        dw_down = weight_gradient(dys, gate * h, ends)                   # (E, C, H)
+        dx = gather_sum(grouped_mm(da, w_gate, offs=ends), inverse)      # (N, C)
+        dx = dx + gather_sum(grouped_mm(db, w_up, offs=ends), inverse)
+        return dx, dgates, dw_gate, dw_up, dw_down, None, None, None
+
+
+def weight_gradient(d_out: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    """d_out (N*K, P), rows (N*K, Q) -> (E, P, Q): for each expert, d_out^T rows over its rows."""
+    gradient = grouped_mm(d_out.t(), rows, offs=ends)
+    # an expert without rows is ordinary here, and grouped_mm may leave what lay in memory: seen in
+    # bfloat16 on B200 (pytorch issue 172439)
+    empty = ends.diff(prepend=ends.new_zeros(1)) == 0                    # (E)
+    return gradient.masked_fill_(empty[:, None, None], 0.0)
+
+
+def gather_sum(rows: Tensor, inverse: Tensor) -> Tensor:
+    """rows (N*K, C), inverse (N, K) -> (N, C): to each token the sum of its K rows."""
+    if torch.compiler.is_compiling():
+        # the compiler fuses the gather into the sum; dtype, or autocast on CUDA makes it float32
+        return rows[inverse].sum(1, dtype=rows.dtype)
+    return F.embedding_bag(inverse, rows, mode="sum")  # the same, without a second (N*K, C)
+
+
+class SMoE(nn.Module):
+    """Sparse mixture of SwiGLU experts in four steps: route, dispatch, experts, combine."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -117,7 +200,7 @@ class SMoE(nn.Module):
         """x (B, T, C) -> y (B, T, C), aux_loss scalar."""
         B, T, C = x.shape
         x = x.reshape(B * T, C)                                          # (N, C)
-        indices, gates, aux_loss = self.router(x)                        # (N, K), (N, K), ()
+        indices, gates, aux_loss, *_ = self.router(x)                    # (N, K), (N, K), ()
 
         # one sort puts the N*K assignments in expert order; `inverse` leads each one back
         expert, order = indices.flatten().sort(stable=True)              # (N*K), (N*K)
@@ -128,7 +211,7 @@ class SMoE(nn.Module):
 
         # autocast does not know grouped_mm, so its inputs are cast by hand; not on a CPU without
         # the compiler: oneDNN would compile a bfloat16 kernel, in 1 ms, for each number of rows
-        # that an expert gets, which made `fine` (README.md) twice as slow as float32
+        # that an expert gets, which makes many small experts twice as slow as in float32
         device = x.device.type
         cast = torch.is_autocast_enabled(device) and (
             device == "cuda" or torch.compiler.is_compiling())
@@ -136,67 +219,6 @@ class SMoE(nn.Module):
         y = Experts.apply(x.to(dtype), gates, self.w_gate.to(dtype), self.w_up.to(dtype),
                           self.w_down.to(dtype), order, inverse, ends)
         return y.view(B, T, C), aux_loss
-
-
-class Experts(torch.autograd.Function):
-    """Dispatch, experts and combine as one operation with its own backward pass.
-
-    Saved for the backward pass are the inputs and the experts' pre-activations; the cheap rest is
-    computed again, so activation memory does not grow with K copies of the hidden states (the idea
-    of SonicMoE, arXiv 2512.14080; torch.compile sees that `xs` and `act` are computed twice and
-    keeps them after all, 0.34 GB a layer of `1b` at 16k tokens). The gate scales the narrow
-    activation in front of W_down, not the wide result behind it: a row scale commutes with the
-    product. Rows move by the sorting permutation and its inverse in both directions, as gathers:
-    nothing is added atomically, so two runs agree to the last bit.
-
-    x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
-    float32; order (N*K): the assignments t * K + k in expert order; inverse (N, K): the place of
-    each assignment in `order`; ends (E) int32: where each expert's rows end. Returns y (N, C)."""
-
-    @staticmethod
-    def forward(ctx, x, gates, w_gate, w_up, w_down, order, inverse, ends):
-        token = order // gates.shape[1]                                  # (N*K)
-        g = gates.flatten()[order, None].to(x.dtype)                     # (N*K, 1)
-        xs = x.index_select(0, token)                                    # (N*K, C) dispatch
-        gate = grouped_mm(xs, w_gate.transpose(1, 2), offs=ends)         # (N*K, H)
-        up = grouped_mm(xs, w_up.transpose(1, 2), offs=ends)             # (N*K, H)
-        act = F.silu(gate).mul_(up).mul_(g)                              # (N*K, H)
-        ys = grouped_mm(act, w_down.transpose(1, 2), offs=ends)          # (N*K, C)
-        ctx.save_for_backward(x, gates, w_gate, w_up, w_down, order, inverse, ends, gate, up)
-        return gather_sum(ys, inverse)                                   # (N, C) combine
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, gates, w_gate, w_up, w_down, order, inverse, ends, gate, up = ctx.saved_tensors
-        token = order // gates.shape[1]                                  # (N*K)
-        g = gates.flatten()[order, None].to(x.dtype)                     # (N*K, 1)
-        silu = F.silu(gate)                                              # (N*K, H)
-        act = silu * up                                                  # (N*K, H), without g
-
-        dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
-        dact = grouped_mm(dys, w_down, offs=ends)                        # (N*K, H), without g
-        dgates = (dact * act).sum(1, dtype=gates.dtype)[inverse]         # (N, K)
-        dw_down = grouped_mm(dys.t(), act.mul_(g), offs=ends)            # (E, C, H)
-
-        dact.mul_(g)
-        dup = silu.mul_(dact)                                            # (N*K, H)
-        dgate = torch.ops.aten.silu_backward(dact.mul_(up), gate)        # (N*K, H)
-        xs = x.index_select(0, token)                                    # (N*K, C)
-        # each row of dW_gate_i and dW_up_i is a sum of (scalar) * x_t over the tokens of expert i,
-        # and so is the gradient of the router row r_i: the geometric coupling
-        dw_gate = grouped_mm(dgate.t(), xs, offs=ends)                   # (E, H, C)
-        dw_up = grouped_mm(dup.t(), xs, offs=ends)                       # (E, H, C)
-        dx = gather_sum(grouped_mm(dgate, w_gate, offs=ends), inverse)   # (N, C)
-        dx = dx + gather_sum(grouped_mm(dup, w_up, offs=ends), inverse)
-        return dx, dgates, dw_gate, dw_up, dw_down, None, None, None
-
-
-def gather_sum(rows: Tensor, inverse: Tensor) -> Tensor:
-    """rows (N*K, C), inverse (N, K) -> (N, C): to each token the sum of its K rows."""
-    if torch.compiler.is_compiling():
-        # the compiler fuses the gather into the sum; dtype, or autocast on CUDA makes it float32
-        return rows[inverse].sum(1, dtype=rows.dtype)
-    return F.embedding_bag(inverse, rows, mode="sum")  # the same, without a second (N*K, C)
 
 
 class Block(nn.Module):
@@ -278,19 +300,27 @@ class SMoETransformer(nn.Module):
     @torch.no_grad()
     def generate(self, idx: Tensor, n: int, temperature: float = 1.0,
                  top_k: int | None = None) -> Tensor:
-        """Appends n sampled tokens to idx (B, T) -> (B, T + n). temperature > 0; top_k: sample from
-        the top_k likeliest tokens only (1: the likeliest). The context is the last block_size
-        tokens."""
+        """Appends n sampled tokens to idx (B, T) -> (B, T + n). temperature 0: the likeliest token;
+        top_k: sample from the top_k likeliest only. The context is the last block_size tokens."""
+        if not (0 <= temperature < float("inf") and (top_k is None or top_k >= 1)):
+            raise ValueError("temperature must be 0 or more and top_k 1 or more, not "
+                             f"{temperature} and {top_k}.")
         training = self.training
         self.eval()  # a sample must not count in the routers' load
-        for _ in range(n):
-            logits, _, _ = self(idx[:, -self.config.block_size:])
-            logits = logits[:, -1].float() / temperature                 # (B, V)
-            if top_k is not None:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -torch.inf)
-            idx = torch.cat([idx, torch.multinomial(logits.softmax(-1), 1)], dim=1)
-        self.train(training)
+        try:
+            for _ in range(n):
+                logits, _, _ = self(idx[:, -self.config.block_size:])
+                logits = logits[:, -1].float()                           # (B, V)
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -torch.inf)
+                if temperature == 0:
+                    token = logits.argmax(-1, keepdim=True)              # (B, 1)
+                else:
+                    token = torch.multinomial((logits / temperature).softmax(-1), 1)
+                idx = torch.cat([idx, token], dim=1)
+        finally:
+            self.train(training)
         return idx
 
     def num_params(self) -> tuple[int, int]:
@@ -307,6 +337,52 @@ class SMoETransformer(nn.Module):
         layer = 4 * c.n_embd**2 + 3 * c.top_k * c.n_embd * c.d_expert + c.n_expert * c.n_embd
         attention = 6 * c.n_layer * c.block_size * c.n_embd
         return 6 * (c.n_layer * layer + c.n_embd * c.vocab_size) + attention
+
+
+# ---------------------------------------------------------------- what train and analyze measure
+
+@contextmanager
+def watch(model: SMoETransformer):
+    """Yields a list for each layer, to which every forward pass adds what its router saw and said:
+    (x (N, C), Routing)."""
+    seen = [[] for _ in model.blocks]
+    hooks = [block.moe.router.register_forward_hook(
+        lambda router, args, routing, rows=rows: rows.append((args[0], routing)))
+        for block, rows in zip(model.blocks, seen)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def validate(model: SMoETransformer, batches) -> tuple[float, int, Tensor]:
+    """batches of idx and targets (B, T) -> sum of the cross-entropy over all tokens, their number,
+    and the tokens that each expert got (n_layer, E)."""
+    loss, n = 0.0, 0
+    loads = torch.zeros(model.config.n_layer, model.config.n_expert, device=model.cos.device)
+    with watch(model) as seen:
+        for idx, targets in batches:
+            loss += model(idx, targets)[1].item() * idx.numel()
+            n += idx.numel()
+            for load, layer in zip(loads, seen):
+                _, routing = layer.pop()
+                load += torch.bincount(routing.indices.flatten(), minlength=len(load))
+    return loss, n, loads
+
+
+def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
+    """batches of idx and targets (B, T) -> (n_layer): the rank correlation over tokens of router
+    score and gate-neuron activation, mean over experts."""
+    with watch(model) as seen:
+        for idx, targets in batches:
+            model(idx, targets)
+    coupling = []
+    for block, layer in zip(model.blocks, seen):
+        x = torch.cat([x for x, _ in layer]).float()                     # (N, C)
+        scores = torch.cat([routing.scores for _, routing in layer])     # (N, E)
+        coupling.append(spearman(scores, expert_activations(x, block.moe.w_gate)[0]).nanmean())
+    return torch.stack(coupling)
 
 
 def load_balance(load: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,13 +404,54 @@ def router_similarity(directions: Tensor) -> Tensor:
     return router_cosines(directions).abs().triu(diagonal=1).sum() / max(1, E * (E - 1) // 2)
 
 
+def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor | None = None,
+                       budget: int = 2**22) -> Tensor:
+    """How strongly every expert reacts to every token, chosen or not: norms over the H neurons.
+
+        a_ti = ||W_gate_i x_t||,   ||silu(W_gate_i x_t)||,   ||silu(W_gate_i x_t) * (W_up_i x_t)||
+
+    x (N, C), w_gate, w_up (E, H, C) -> (3, N, E); without w_up the first of them alone, (1, N, E).
+    Of the pre-activations (tokens, E, H), `budget` numbers exist at a time."""
+    E, H, _ = w_gate.shape
+    norms = []
+    for chunk in x.split(max(1, budget // (E * H))):                     # (n, C)
+        gate = (chunk @ w_gate.flatten(0, 1).t()).view(-1, E, H)         # (n, E, H)
+        parts = [gate.norm(dim=-1)]                                      # (n, E)
+        if w_up is not None:
+            up = (chunk @ w_up.flatten(0, 1).t()).view(-1, E, H)         # (n, E, H)
+            silu = F.silu(gate)
+            parts += [silu.norm(dim=-1), (silu * up).norm(dim=-1)]
+        norms.append(torch.stack(parts))
+    return torch.cat(norms, dim=1)
+
+
+def average_ranks(values: Tensor) -> Tensor:
+    """values (N, E) -> the rank of each value in its column, from 0 (N, E) float64. Equal values
+    share the mean of their ranks: (how many are smaller + how many are not larger - 1) / 2."""
+    columns = values.t().contiguous()                                    # (E, N)
+    ordered = columns.sort(dim=-1).values
+    smaller = torch.searchsorted(ordered, columns)                       # (E, N)
+    not_larger = torch.searchsorted(ordered, columns, right=True)        # (E, N)
+    return (smaller + not_larger - 1).double().t() / 2
+
+
+def spearman(a: Tensor, b: Tensor) -> Tensor:
+    """a, b (N, E) -> (E): the Pearson correlation of the ranks of each column; nan for a
+    constant."""
+    a, b = average_ranks(a), average_ranks(b)
+    a, b = a - a.mean(0), b - b.mean(0)
+    return (a * b).sum(0) / (a.square().sum(0) * b.square().sum(0)).sqrt()
+
+
+# ---------------------------------------------------------------- the files of a run
+
 def read_checkpoint(path) -> dict:
     """What train.save_checkpoint wrote. The file is mapped, not read: what the caller does not
     touch (the optimizer's state is twice the model) costs no memory. Raises ValueError for a
     missing, damaged or foreign file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        for key in ("model", "optimizer", "step", "config", "best_loss", "data_sha256", "rng"):
+        for key in ("model", "optimizer", "step", "config", "data_sha256", "rng"):
             checkpoint[key]
     except FileNotFoundError:
         raise ValueError(f"{path} is not there; train a model first.") from None
@@ -352,7 +469,66 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
         config = Config(**{k: v for k, v in checkpoint["config"].items() if k in names})
         model = SMoETransformer(config)
         model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not hold a model of this project ({reason}).") from None
     return model, checkpoint
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl, without those that cannot be read: a kill may cut one short, and a
+    log must never stand in the way of a good checkpoint."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with suppress(ValueError, TypeError):
+            record = json.loads(line)
+            if isinstance(record["step"], int):
+                records.append(record)
+    return records
+
+
+# ---------------------------------------------------------------- a sample: python model.py RUN
+
+def expert_colors(E: int) -> list[tuple[float, float, float]]:
+    """-> E light colours (r, g, b) for black text: hues a golden angle apart, so that neighbours
+    differ, in three shades that greyscale tells apart too."""
+    shades = ((0.5, 1.0), (0.35, 0.85), (0.15, 1.0))                     # saturation, value
+    return [colorsys.hsv_to_rgb(i * 0.381966 % 1, *shades[i % 3]) for i in range(E)]
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(description="The model of a run writes. On a terminal each token stands on the "
+                                "colour of the expert that it goes to first.", allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, as out/kmeans")
+    parser.add_argument("--start", default="def ", help="the text to go on with")
+    parser.add_argument("--tokens", type=int, default=400, help="how many to write")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
+    parser.add_argument("--layer", type=int, help="whose experts; None: the middle layer's")
+    args = parser.parse_args(argv)
+    model, checkpoint = load_checkpoint(args.run.expanduser() / "ckpt.pt")
+    layer = model.config.n_layer // 2 if args.layer is None else args.layer
+    if not 0 <= layer < model.config.n_layer or args.tokens < 1:
+        raise ValueError(f"--layer must be from 0 to {model.config.n_layer - 1} and --tokens "
+                         f"positive, not {layer} and {args.tokens}.")
+    tokenizer = get_tokenizer(checkpoint["tokenizer"])
+    start = encode(tokenizer, args.start).tolist() or [tokenizer.eot_token]
+    experts = []  # the first pass sees the whole start, each later one a token more
+    model.routers()[layer].register_forward_hook(lambda router, args, routing: experts.extend(
+        routing.indices[-1 if experts else 0:, 0].tolist()))
+    idx = model.generate(torch.tensor([start]), args.tokens + 1, args.temperature)[0, :-1]
+    if not sys.stdout.isatty():
+        return print(args.start, printable(tokenizer, idx[len(start):].tolist()), sep=" | ")
+    colors, texts = expert_colors(model.config.n_expert), []
+    for token, expert in zip(idx[-len(experts):].tolist(), experts):
+        r, g, b = (int(255 * value) for value in colors[expert])
+        texts.append(f"\033[30;48;2;{r};{g};{b}m{printable(tokenizer, [token])}\033[0m")
+    print(*texts[:-args.tokens], " | ", *texts[-args.tokens:], sep="")
+
+
+if __name__ == "__main__":
+    import argparse
+    import sys
+
+    from prepare_data import Parser, cli, encode, get_tokenizer, printable
+    cli(main)

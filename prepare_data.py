@@ -6,10 +6,9 @@ $ python prepare_data.py --dataset=book.txt --tokenizer=gpt2      # any text fil
 $ python prepare_data.py --dataset=notes --glob='*.md' --name=md  # a folder of texts -> data/md
 
 writes data/<name>/train.bin and val.bin (token ids, little-endian) and meta.json (what they are).
-A corpus flows through as a generator of `Piece`s, so memory stays bounded however large it is.
+A corpus flows through in pieces of text, so memory stays bounded however large it is.
 """
 import argparse
-import codecs
 import hashlib
 import json
 import os
@@ -19,15 +18,11 @@ import sys
 import sysconfig
 import time
 import urllib.request
-import zipfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from http.client import HTTPException
-from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -39,35 +34,20 @@ DOWNLOADS = {  # data set: URL, file name under data/, SHA-256 of that file
     "shakespeare": (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "tinyshakespeare.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "enwik8": (
-        "http://mattmahoney.net/dc/enwik8.zip",
-        "enwik8.zip", "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
 }
 DATASETS = ("stdlib", "python", *DOWNLOADS, "fineweb-edu")
 FILES = {"train.bin", "val.bin", "meta.json"}
-META = {"dataset": str, "tokenizer": dict, "vocab_size": int, "dtype": str, "n_train": int,
-        "n_val": int, "sha256": dict}  # the keys of meta.json and their types
-PIECE_BYTES = 2 << 20  # the most text handled as one string
-BATCH_PIECES = 32      # encoded together, in parallel: about 1 GB of memory at the very most
-
-
-class Piece(NamedTuple):
-    split: str         # "train" or "val"; "broken" or "duplicate" for a file that is left out
-    text: str = ""     # a document, or the next part of a large one
-    n_bytes: int = 0   # its size in UTF-8
-    ends: bool = True  # the document ends with this piece
+PIECE = 1 << 21  # characters: about the most text that is handled as one string
 
 
 # ---------------------------------------------------------------- tokenizers
 
 def get_tokenizer(name):
     """-> tiktoken.Encoding: `bytes`, or tiktoken's by name. ValueError: unknown, or no network."""
-    if name == "bytes":
-        # No merges: a token is a byte. The pattern only cuts the text into short stretches, as
-        # tiktoken is up to 5x slower on one long stretch; 64 characters measured fastest.
-        return tiktoken.Encoding(
-            name="bytes", pat_str=r"(?s).{1,64}", special_tokens={"<|endoftext|>": 256},
-            mergeable_ranks={bytes([i]): i for i in range(256)})
+    if name == "bytes":  # a token is a byte; the pattern merges nothing, short matches are faster
+        return tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}",
+                                 mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={"<|endoftext|>": 256})
     known = tiktoken.list_encoding_names()
     if name not in known:
         raise ValueError(f"Unknown tokenizer {name!r}: choose bytes, {', '.join(known)}.")
@@ -75,29 +55,42 @@ def get_tokenizer(name):
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The vocabulary of tokenizer {name} could not be loaded ({type(error).__name__}): run "
-            "this command on a machine with network and TIKTOKEN_CACHE_DIR=tiktoken_cache, copy "
-            "that folder here and set the same variable, or use --tokenizer=bytes.") from error
+            f"Tokenizer {name} could not load its vocabulary ({type(error).__name__}): load it on "
+            "a machine with network and TIKTOKEN_CACHE_DIR=tiktoken_cache, copy that folder here "
+            "and set the same variable, or choose the tokenizer bytes.") from error
 
 
-def encode(enc, text):
+def encode(tokenizer, text):
     """-> token ids (n,) uint32; special-token text inside `text` stays plain text."""
     try:
-        return enc.encode_to_numpy(text, disallowed_special=())
+        return tokenizer.encode_to_numpy(text, disallowed_special=())
     except ValueError:  # tiktoken's regex gives up on a run of a million spaces: halve it
         half = len(text) // 2
-        return np.concatenate([encode(enc, text[:half]), encode(enc, text[half:])])
+        return np.concatenate([encode(tokenizer, text[:half]), encode(tokenizer, text[half:])])
+
+
+def printable(tokenizer, ids):
+    """-> the text of token ids (a list of ints) as any terminal can show it: bytes that are not
+    UTF-8 become U+FFFD, control characters a space; ids that stand for no text are left out."""
+    raw = b""
+    for i in ids:
+        if not tokenizer.is_special_token(i):
+            with suppress(KeyError):  # an id that only the model has: its vocabulary is padded
+                raw += tokenizer.decode_single_token_bytes(i)
+    return "".join(char if char.isprintable() or char == "\n" else " "
+                   for char in raw.decode(errors="replace"))
 
 
 # ---------------------------------------------------------------- a corpus as pieces of text
+# A piece is (split, text, ends): split "train" or "val", text a document or the next part of one,
+# and whether the document ends there. A file left out is a piece of split "broken" or "duplicate".
 
-def open_corpus(dataset, glob, val_fraction, data_root):
-    """-> (generator of Pieces, bytes to come or None). ValueError: no such corpus, or no text."""
-    path = Path(os.path.expanduser(dataset))
+def open_corpus(dataset, path, glob, val_fraction, data_root):
+    """-> generator of the pieces of a built-in data set or of the text at `path`."""
     if glob and (dataset in DATASETS or not path.is_dir()):
         raise ValueError(f"--glob picks files inside a folder, but {dataset} is not a folder.")
     if dataset == "fineweb-edu":
-        return stream_fineweb_edu(val_fraction), None
+        return stream_fineweb_edu(val_fraction)
     if dataset in ("stdlib", "python"):
         tests = ("test", "tests", "idle_test", "site-packages", "dist-packages")
         paths = find_files(sysconfig.get_path("stdlib"), "*.py", skip=tests)
@@ -115,38 +108,28 @@ def open_corpus(dataset, glob, val_fraction, data_root):
                          f"one of {', '.join(DATASETS)}.")
     if not paths:
         raise ValueError(f"{dataset} holds no text: no file in it matches {glob or '*'!r}.")
-    if len(paths) > 1:
-        return read_documents(paths, val_fraction), sum(p.stat().st_size for p in paths)
-    if dataset == "enwik8":  # the first 10^8 bytes of Wikipedia, left in their zip file
-        return read_single(paths[0], val_fraction, zipped=True), 10**8
-    return read_single(paths[0], val_fraction), paths[0].stat().st_size
+    if len(paths) == 1:
+        return read_single(paths[0], val_fraction)
+    return read_documents(paths, val_fraction)
 
 
 def find_files(root, glob, skip=()):
-    """-> sorted Paths below `root` whose name or relative path matches `glob`, without hidden
-    files, folders named in `skip`, and prepared data sets (token files are not text)."""
+    """-> sorted Paths of the files below `root` whose name or relative path matches `glob`, but
+    for empty and hidden ones, folders in `skip`, and prepared data sets (they are not text)."""
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [s for s in subfolders if s not in skip and not s.startswith(".")]
         if not FILES <= set(names):
             found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(p for p in found if p.is_file() and (
+    return sorted(p for p in found if p.is_file() and p.stat().st_size and (
         fnmatchcase(p.name, glob) or fnmatchcase(p.relative_to(root).as_posix(), glob)))
 
 
-def read_text(file, n_bytes):
-    """Yields (text, bytes read) for the next `n_bytes` of a binary file, about PIECE_BYTES at a
-    time, cut at line ends where there are any. UnicodeDecodeError if it is not UTF-8."""
-    decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
-    while n_bytes:
-        raw = file.read(min(PIECE_BYTES, n_bytes))
-        if not raw:
-            raise OSError("it became shorter while it was read")
-        n_bytes -= len(raw)
-        text += decoder.decode(raw, final=not n_bytes)
-        end = (text.rfind("\n") + 1 if n_bytes else 0) or len(text)
-        yield text[:end], len(raw)
-        text = text[end:]
+def read_text(path):
+    """Yields the text of a UTF-8 file, PIECE characters and the rest of their line at a time."""
+    with open(path, encoding="utf-8", newline="") as file:
+        while text := file.read(PIECE) + file.readline(PIECE):
+            yield text
 
 
 def split_of(digest, val_fraction):
@@ -155,91 +138,77 @@ def split_of(digest, val_fraction):
 
 
 def read_documents(paths, val_fraction):
-    """Every file is a document and goes to one split whole; a file above PIECE_BYTES counts as
-    several documents, so that it needs no more memory than the others."""
+    """Yields the pieces of several files: each is a document and goes to one split. A file above
+    PIECE counts as several documents, so that a few large files make two splits as well."""
     seen = set()
     for path in paths:
-        try:
-            with open(path, "rb") as file:
-                for text, n_bytes in read_text(file, path.stat().st_size):
-                    digest = hashlib.sha256(text.encode()).digest()
-                    if digest in seen:  # symbolic links, vendored copies
-                        yield Piece("duplicate", "", n_bytes)
-                    else:
-                        yield Piece(split_of(digest, val_fraction), text, n_bytes)
-                    seen.add(digest)
+        try:  # to the end, before any of it is used
+            for text in read_text(path):
+                pass
         except (OSError, UnicodeDecodeError):
-            yield Piece("broken")
+            yield "broken", "", True
+            continue
+        for text in read_text(path):
+            digest = hashlib.sha256(text.encode()).digest()
+            if digest in seen:  # symbolic links, vendored copies
+                yield "duplicate", "", True
+            else:
+                yield split_of(digest, val_fraction), text, True
+            seen.add(digest)
 
 
-def read_single(path, val_fraction, zipped=False):
-    """The only file is one document, cut at the first line end from 1 - val_fraction of its bytes
-    on (else the last one before): val is its tail. ValueError if it has no text to cut."""
+def read_single(path, val_fraction):
+    """Yields the pieces of the only file, a document whose tail is val: cut at the first line end
+    from 1 - val_fraction of its characters on, else at the last one before, else right there."""
     try:
-        with zipfile.ZipFile(path).open("enwik8") if zipped else open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            target = int(size * (1 - val_fraction))
-            start = max(0, target - PIECE_BYTES)
-            file.seek(start)
-            window = file.read(target - start + PIECE_BYTES)[:max(0, size - 1 - start)]
-            after = window.find(b"\n", max(0, target - 1 - start))
-            cut = start + 1 + (after if after >= 0 else window.rfind(b"\n"))
-            if cut == start:
-                raise ValueError(f"{path} ({size} bytes) is too small to split: it has no line end "
-                                 f"near byte {target}; give a text of more lines.")
-            file.seek(0)
-            for split, left in (("train", cut), ("val", size - cut)):
-                for text, n_bytes in read_text(file, left):
-                    left -= n_bytes
-                    yield Piece(split, text, n_bytes, ends=split == "val" and not left)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}): convert it first.") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}).") from error
+        left = int(sum(map(len, read_text(path))) * (1 - val_fraction))  # characters of train
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it.") from error
+    for text in read_text(path):
+        if 0 < left <= len(text):
+            cut = text.find("\n", left - 1, -1) + 1 or text.rfind("\n", 0, left) + 1 or left
+            yield "train", text[:cut], False
+            yield "val", text[cut:], False
+        else:
+            yield "train" if left > 0 else "val", text, False
+        left -= len(text)
+    yield "val", "", True
 
 
 def stream_fineweb_edu(val_fraction):
-    """The paper-scale corpus: the smallest published sample that holds 50B tokens."""
+    """Yields the paper-scale corpus: the smallest published sample that holds 50B tokens."""
     try:
         from datasets import load_dataset
         for row in load_dataset("HuggingFaceFW/fineweb-edu", "sample-100BT", split="train",
                                 streaming=True):
-            raw = row["text"].encode()
-            split = split_of(hashlib.sha256(raw).digest(), val_fraction)
-            yield Piece(split, row["text"], len(raw))  # no search for duplicates: 10^8 documents
-    except ImportError as error:
-        raise ValueError("fineweb-edu needs one more package: run pip install datasets, then the "
-                         "same command again.") from error
-    except Exception as error:  # whatever its HTTP layers raise
+            digest = hashlib.sha256(row["text"].encode()).digest()
+            yield split_of(digest, val_fraction), row["text"], True
+    except Exception as error:  # no such package, no network, whatever its HTTP layers raise
         raise ValueError(
-            "https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu could not be streamed "
-            f"({type(error).__name__}): run this command on a machine with network, copy its "
-            "data/fineweb-edu here, then run python train.py --dataset=fineweb-edu.") from error
+            f"fineweb-edu could not be streamed ({type(error).__name__}): run pip install datasets "
+            "and this command on a machine with network, and copy its data/fineweb-edu here."
+        ) from error
 
 
 def download(dataset, data_root):
-    """-> Path of the file, fetched unless it is there with the right SHA-256. ValueError if not."""
+    """-> Path of the file, fetched unless it is there. ValueError: it is not the right one."""
     url, name, sha256 = DOWNLOADS[dataset]
-    path, part = data_root / name, data_root / f".{name}.part-{os.getpid()}"
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-        return path
-    state = "is not the right file" if path.exists() else "is missing"
+    path, problem = data_root / name, "it has another SHA-256"
     for attempt in range(3):
         time.sleep(attempt)
         try:
-            with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file, \
-                    tqdm.wrapattr(reply, "read", reply.length, desc=name, leave=False) as body:
-                shutil.copyfileobj(body, file)
-            if hashlib.sha256(part.read_bytes()).hexdigest() == sha256:
-                os.replace(part, path)
+            if path.exists():
+                content = path.read_bytes()
+            else:
+                content = urllib.request.urlopen(url, timeout=30).read()
+            if hashlib.sha256(content).hexdigest() == sha256:
+                if not path.exists():
+                    path.write_bytes(content)
                 return path
-            problem = "the SHA-256 of what came is wrong"
-        except (urllib.request.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+        except (OSError, HTTPException) as error:
             problem = error
-        finally:
-            part.unlink(missing_ok=True)
-    raise ValueError(f"{path} {state} and its download failed ({problem}): save {url} there by "
-                     f"hand, then run python prepare_data.py --dataset={dataset}.")
+    raise ValueError(f"{path} is not the file of {url} ({problem}): save that there by hand and "
+                     "run the same command again.")
 
 
 # ---------------------------------------------------------------- pieces -> token files
@@ -247,45 +216,54 @@ def download(dataset, data_root):
 def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, glob=None,
             max_tokens=None, data_root="data"):
     """Writes <data_root>/<name>/: train.bin, val.bin and meta.json, all or none, in place of an
-    older data set of that name; same input, same bytes. Prints one line, returns the Path. The
-    arguments are the flags that --help explains. ValueError, one sentence, on every mistake of
-    the user's and when the disk fails."""
+    older data set of the same source; same input, same bytes. Prints one line, returns the Path.
+    The arguments are the flags that --help explains. ValueError: a user's mistake, a full disk."""
     start = time.time()
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is a share between 0 and 1, not {val_fraction}.")
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"max_tokens is at least 2, one for each split, not {max_tokens}.")
-    enc, dataset, data_root = get_tokenizer(tokenizer), os.fspath(dataset), Path(data_root)
-    name = name or (dataset if dataset in DATASETS else Path(os.path.abspath(dataset)).stem)
-    if not name or name != Path(name).name or name.startswith("."):
+    enc = get_tokenizer(tokenizer)
+    dataset = os.fspath(dataset)
+    built_in = dataset in DATASETS
+    path = Path(os.path.abspath(os.path.expanduser(dataset)))
+    source = dataset if built_in else str(path.resolve())
+    name = name or (dataset if built_in else path.stem if path.is_file() else path.name)
+    data_root = Path(os.path.expanduser(data_root))
+    target, tmp = data_root / name, data_root / f".{name}.tmp"
+    if target.name != name or name.startswith("."):
         raise ValueError(f"{name!r} cannot name a folder in {data_root}/: pass another --name.")
-    target = data_root / name
+    if name in DATASETS and name != source:
+        raise ValueError(f"{name} is the name of a built-in data set: pass another --name.")
+    if os.path.lexists(target) and source_of(target) != source:
+        raise ValueError(f"{target} is not replaced, as it comes from {source_of(target)}, not "
+                         f"from {source}: move it away, or pass another --name.")
+    if tmp.exists():
+        raise ValueError(f"{tmp} exists: another process is preparing {target}, or was killed; "
+                         "wait for it, or delete that folder.")
+    data_root.mkdir(parents=True, exist_ok=True)
+    pieces = open_corpus(dataset, path, glob, val_fraction, data_root)
+    tmp.mkdir()
     try:
-        ours = target.is_dir() and not target.is_symlink() and set(os.listdir(target)) <= FILES
-        if os.path.lexists(target) and not ours:  # perhaps the user's texts
-            raise ValueError(f"{target} exists and is not a data set of ours: pass another --name.")
-        data_root.mkdir(parents=True, exist_ok=True)
-        for left in data_root.glob(".*.tmp-*"):  # by a killed run; live ones touch their folder
-            with suppress(FileNotFoundError):
-                if time.time() - left.stat().st_mtime > 3600:
-                    shutil.rmtree(left)
-        pieces, n_bytes = open_corpus(dataset, glob, val_fraction, data_root)
-        with TemporaryDirectory(prefix=f".{name}.tmp-", dir=data_root) as tmp:
-            new = Path(tmp, "new")
-            new.mkdir()
-            meta, counts = write_tokens(pieces, n_bytes, enc, new, val_fraction, max_tokens)
-            if not (meta["n_train"] and meta["n_val"]):
-                raise ValueError(
-                    f"{dataset} is too small to split: {counts['documents']} readable documents "
-                    f"({counts['broken']} broken files) make {meta['n_train']} train and "
-                    f"{meta['n_val']} val tokens; give more text, or join it into one file.")
-            rebuild = {"name": tokenizer, "rebuild": f"prepare_data.get_tokenizer({tokenizer!r})"}
-            meta = {"dataset": dataset, "tokenizer": rebuild, **meta}
-            (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-            publish(new, target)
+        new = tmp / "new"
+        new.mkdir()
+        meta, counts = write_tokens(pieces, enc, new, val_fraction, max_tokens)
+        if not (meta["n_train"] and meta["n_val"]):
+            raise ValueError(
+                f"{dataset} is too small to split: it makes {meta['n_train']} train and "
+                f"{meta['n_val']} val tokens ({counts['broken']} broken files left out); give more "
+                "text, or join it into one file.")
+        rebuild = {"name": tokenizer, "rebuild": f"prepare_data.get_tokenizer({tokenizer!r})"}
+        meta = {"dataset": source, "tokenizer": rebuild, **meta}
+        (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        if target.exists():
+            target.rename(tmp / "old")
+        new.rename(target)
     except OSError as error:
-        raise ValueError(f"Could not write {target} ({error}): nothing was changed; make room on "
-                         "the disk or correct the permissions, and try again.") from error
+        raise ValueError(f"{target} could not be written ({error}): nothing was changed; make room "
+                         "on the disk or correct the permissions, and try again.") from error
+    finally:
+        shutil.rmtree(tmp)
     print(f"{target}: {counts['documents']:,} documents, {meta['n_train']:,} train and "
           f"{meta['n_val']:,} val tokens, vocabulary {enc.n_vocab:,} ({tokenizer}), "
           f"{counts['broken']:,} broken and {counts['duplicate']:,} duplicate files left out, "
@@ -293,51 +271,42 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
     return target
 
 
-def write_tokens(pieces, n_bytes, enc, folder, val_fraction, max_tokens):
+def source_of(folder):
+    """-> where the data set in `folder` came from: a name in DATASETS or an absolute path."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if set(os.listdir(folder)) <= FILES:  # else the user keeps something there
+            return json.loads((folder / "meta.json").read_text())["dataset"]
+    return "elsewhere"
+
+
+def write_tokens(pieces, enc, folder, val_fraction, max_tokens):
     """Encodes `pieces` into <folder>/train.bin and val.bin, <|endoftext|> after each document.
-    -> (what meta.json says of the files, Counter of documents, broken and duplicate files)"""
+    -> (what meta.json says of the files, Counter of documents and of files left out)"""
     dtype = np.dtype("<u2" if enc.n_vocab <= 1 << 16 else "<u4")
-    n_val = round((max_tokens or sys.maxsize) * val_fraction)  # each split has its own limit
-    limit = {"train": (max_tokens or sys.maxsize) - n_val, "val": n_val}
+    limit = {"val": round((max_tokens or sys.maxsize) * val_fraction)}  # each split has its own
+    limit["train"] = (max_tokens or sys.maxsize) - limit["val"]
     n, counts = {"train": 0, "val": 0}, Counter()
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val, \
-            ThreadPoolExecutor() as pool, tqdm(
-                desc="encoding", total=max_tokens or n_bytes, leave=False, disable=None,
-                unit=" tokens" if max_tokens else "B", unit_scale=True) as bar:
-        files, sha256 = {"train": train, "val": val}, {s: hashlib.sha256() for s in n}
-        for batch in iter(lambda: list(islice(pieces, BATCH_PIECES)), []):
-            texts = ["" if n.get(p.split) == limit.get(p.split) else p.text for p in batch]
-            # tiktoken frees the GIL; map keeps the order, so timing never shows in the files
-            encoded = pool.map(lambda text: encode(enc, text).astype(dtype), texts)
-            for piece, ids in zip(batch, encoded):
-                bar.update(len(ids) if max_tokens else piece.n_bytes)
-                if piece.split not in files:
-                    counts[piece.split] += 1
-                    continue
-                ids = np.append(ids, dtype.type(enc.eot_token)) if piece.ends else ids
-                ids = ids[:limit[piece.split] - n[piece.split]]
-                files[piece.split].write(ids)
-                sha256[piece.split].update(ids)
-                n[piece.split] += len(ids)
-                full = n[piece.split] == limit[piece.split]
-                counts["documents"] += len(ids) > 0 and (piece.ends or full)
-            os.utime(folder.parent)  # a sign of life
+    sha256 = {split: hashlib.sha256() for split in n}
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        files = {"train": train, "val": val}
+        for split, text, ends in tqdm(pieces, unit=" pieces", leave=False, disable=None):
+            if split not in files:
+                counts[split] += 1
+                continue
+            if n[split] == limit[split]:
+                continue
+            ids = encode(enc, text)
+            if ends:
+                ids = np.append(ids, enc.eot_token)
+                counts["documents"] += 1
+            ids = ids[:limit[split] - n[split]].astype(dtype)
+            files[split].write(ids)
+            sha256[split].update(ids)
+            n[split] += len(ids)
             if n == limit:
                 break
     return {"vocab_size": enc.n_vocab, "dtype": dtype.name, "n_train": n["train"],
             "n_val": n["val"], "sha256": {f"{s}.bin": sha256[s].hexdigest() for s in n}}, counts
-
-
-def publish(new, target):
-    """Renames the finished folder into place: a reader sees the old data set or the new one."""
-    old = new.with_name("old")  # removed with the temporary folder around both
-    try:
-        if target.exists():
-            os.rename(target, old)
-        os.rename(new, target)
-    finally:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
 
 
 # ---------------------------------------------------------------- token files -> batches
@@ -349,95 +318,110 @@ class Dataset(NamedTuple):
 
 
 def open_dataset(folder, block_size, vocab_size):
-    """-> Dataset. ValueError unless the files of `folder` are whole, belong together, and hold
-    block_size + 1 tokens a split and only ids below the model's vocab_size. For the last it asks
-    meta.json; get_batch looks at the ids, since a pass over 100 GB would delay every start."""
-    folder = Path(folder)
-    corpus = "" if folder.name in DATASETS else "<text file or folder> --name="
-    again = f"python prepare_data.py --dataset={corpus}{folder.name}"
-    missing = sorted(name for name in FILES if not (folder / name).is_file())
-    if missing:
-        raise ValueError(f"{folder} has no {', '.join(missing)}: run {again}.")
+    """-> Dataset. ValueError unless the files of `folder` are whole, belong together, and fit a
+    model of this block_size and vocab_size. The ids are checked as they are read: a pass over
+    100 GB would delay every start."""
+    folder = Path(os.path.expanduser(folder))
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        if not all(type(meta[key]) is kind for key, kind in META.items()):
-            raise TypeError("a value of another type")
-        dtype = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
-        # what get_tokenizer and a run's check of its data will need
+        n_vocab, dtype = meta["vocab_size"], {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
+        train, val = (np.memmap(folder / f"{s}.bin", dtype, mode="r") for s in ("train", "val"))
+        if (len(train), len(val)) != (meta["n_train"], meta["n_val"]):
+            raise ValueError(f"{len(train)} train and {len(val)} val tokens, not the "
+                             f"{meta['n_train']} and {meta['n_val']} of meta.json")
+        # what a run notes of its data
         meta["tokenizer"]["name"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/meta.json is damaged or not from prepare_data.py ({error!r}): "
-                         f"run {again}.") from error
-    if meta["vocab_size"] > vocab_size:
+        source = "" if folder.name in DATASETS else "<text file or folder> --name="
         raise ValueError(
-            f"{folder} has a vocabulary of {meta['vocab_size']} tokens, but the model one of "
-            f"{vocab_size}: pass --vocab_size={-(-meta['vocab_size'] // 64) * 64}.")
-    for split in ("train", "val"):
-        n, size = meta[f"n_{split}"], (folder / f"{split}.bin").stat().st_size
-        if size != n * np.dtype(dtype).itemsize:
-            raise ValueError(f"{folder}/{split}.bin has {size} bytes where meta.json says {n} "
-                             f"{meta['dtype']} tokens: run {again}.")
-        if n < block_size + 1:
-            raise ValueError(f"{folder}/{split}.bin has {n} tokens, too few for block_size "
-                             f"{block_size}: pass --block_size={n - 1} or less, or give more text.")
-    train, val = (np.memmap(folder / f"{s}.bin", dtype, mode="r") for s in ("train", "val"))
+            f"{folder} is not a whole data set ({type(error).__name__}: {error}): run "
+            f"python prepare_data.py --dataset={source}{folder.name}.") from error
+    if n_vocab > vocab_size:
+        raise ValueError(f"{folder} has a vocabulary of {n_vocab} tokens, so the model's "
+                         f"vocab_size must be at least {n_vocab}, such as "
+                         f"{-(-n_vocab // 64) * 64}; it is {vocab_size}.")
+    n = min(len(train), len(val))
+    if n <= block_size:
+        raise ValueError(f"{folder} has a split of {n} tokens, so the model's block_size must be "
+                         f"at most {n - 1}; it is {block_size}.")
     return Dataset(train, val, meta)
 
 
-def get_batch(data, split, *, seed, step, micro_step=0, rank=0, world_size=1, batch_size,
-              block_size, device="cpu"):
-    """-> x, y int64 (B, T) on `device`: random windows of a split, y one token ahead of x.
-
-    A pure function of its arguments, so that resuming needs no reader state. Rank and micro-step
-    make one number: W processes with A micro-steps read what one with W*A reads. ValueError on a
-    token id outside the vocabulary: a damaged file.
-    """
-    tokens = getattr(data, split)
-    rng = np.random.default_rng([seed, split == "val", step, micro_step * world_size + rank])
-    starts = rng.integers(len(tokens) - block_size, size=batch_size)
+def windows(data, split, starts, block_size, device):
+    """-> x, y int64 (B, T) on `device`: the T = block_size tokens from each of `starts` (B,) on,
+    and those one later. ValueError on a token id outside the vocabulary: a damaged file."""
     # gathering through a sliding view measured 3 to 30 times faster than stacking slices
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)[starts]  # (B, T+1)
-    if windows.max() >= data.meta["vocab_size"]:
-        raise ValueError(f"{split}.bin is damaged: it holds token id {windows.max()}, but ids end "
+    view = np.lib.stride_tricks.sliding_window_view(getattr(data, split), block_size + 1)
+    rows = view[starts]  # (B, T+1)
+    if rows.max() >= data.meta["vocab_size"]:
+        raise ValueError(f"{split}.bin is damaged: it holds token id {rows.max()}, but ids end "
                          f"at {data.meta['vocab_size'] - 1}; prepare the data again.")
-    windows = torch.from_numpy(windows.astype(np.int64))
-    x, y = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()  # (B, T) each
+    rows = torch.from_numpy(rows.astype(np.int64))
+    x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # (B, T) each
     if torch.device(device).type == "cuda":  # from pinned memory the copy overlaps computation
         x, y = x.pin_memory(), y.pin_memory()
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
+def get_batch(data, split, *, seed, step, micro_step=0, rank=0, world_size=1, batch_size,
+              block_size, device="cpu"):
+    """-> x, y int64 (B, T): random windows of a split, y one token ahead of x. A pure function of
+    its arguments, so that resuming needs no reader state. Rank and micro-step make one number:
+    W processes with A micro-steps read what one with W*A reads."""
+    rng = np.random.default_rng([seed, split == "val", step, micro_step * world_size + rank])
+    starts = rng.integers(len(getattr(data, split)) - block_size, size=batch_size)
+    return windows(data, split, starts, block_size, device)
+
+
+def eval_batches(data, eval_tokens, *, block_size, batch_size, rank=0, world_size=1, device="cpu"):
+    """Yields x, y int64 (B, T), the last B may be smaller: windows evenly spaced over val.bin, as
+    many as hold eval_tokens or as fit without overlap. Neither the batch size nor the number of
+    processes changes which ones: rank r takes windows r, r + world_size, ..."""
+    n = min(-(-eval_tokens // block_size), (len(data.val) - 1) // block_size)
+    starts = np.linspace(0, len(data.val) - 1 - block_size, n, dtype=np.int64)[rank::world_size]
+    for i in range(0, len(starts), batch_size):
+        yield windows(data, "val", starts[i:i + batch_size], block_size, device)
+
+
 # ---------------------------------------------------------------- command line
 
 class Parser(argparse.ArgumentParser):
-    """Of all three scripts: a wrong flag is a ValueError of one sentence, not the usage text."""
+    """Of all scripts here: a wrong flag is a ValueError of one sentence, not the usage text."""
 
     def error(self, message):
         raise ValueError(f"{message}; python {self.prog} --help lists the flags.")
 
 
-def main():
+def cli(main):
+    """Runs main(argv) as a command: a user's mistake or a full disk is one sentence on stderr."""
+    script = Path(sys.argv[0]).name
+    with suppress(AttributeError):  # a text may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+def main(argv):
     parser = Parser(allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, kind, default, text in (
             ("dataset", str, "stdlib", f"{', '.join(DATASETS)}, or a text file or folder (UTF-8)"),
             ("tokenizer", str, "bytes", "bytes, or a tiktoken encoding such as gpt2"),
             ("val_fraction", float, 0.05, "share of the documents (or of one file) in val.bin"),
-            ("name", str, None, "folder in data/; by default the data set's name or file's stem"),
+            ("name", str, None, "folder in data/; by default named after the data set"),
             ("glob", str, None, "which files of a folder, by name or relative path, e.g. '*.md'"),
             ("max_tokens", int, None, "the most tokens to write, both files together")):
         parser.add_argument(f"--{flag}", type=kind, default=default,
                             help=f"{text} (default: {default})", metavar=kind.__name__)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as well
-    try:
-        prepare(**vars(parser.parse_args()))
-    except ValueError as error:
-        print(f"prepare_data.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("Interrupted: nothing was changed.", file=sys.stderr)
-        sys.exit(130)
+    prepare(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -32,13 +32,16 @@ from torch import Tensor
 class Routing(NamedTuple):
     indices: Tensor   # (N, K) int64: the experts of each token, best first
     gates: Tensor     # (N, K) float32: their weights; each row sums to 1
-    aux_loss: Tensor  # scalar float32, to be added to the training loss; 0 but for AuxLossRouter
+    aux_loss: Tensor  # scalar float32, to be added to the training loss
+    logits: Tensor    # (N, E) float32: what score() gives first, in the graph of the gates
+    scores: Tensor    # (N, E) float32: what the selection goes by, before any bias
 
 
 class Router(nn.Module):
-    """The order of the verbs, and the count of what went where.
+    """The order of the four verbs, and the count of what went where. A router of your own defines
+    score(), gate() and `directions` (E, C), which the metrics read; the rest as needed.
 
-    `load` (E): tokens sent to each expert in training since the last update(), over all
+    `load` (E): tokens sent to each expert in training since the last update, over all
     micro-batches. In eval mode nothing is counted and nothing moves."""
 
     def __init__(self, config):
@@ -51,49 +54,48 @@ class Router(nn.Module):
         bfloat16 sends tokens to other experts (Switch Transformers, arXiv 2101.03961, 2.4)."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            logits = self.logits(x)                          # (N, E)
+            logits, scores = self.score(x)                   # (N, E), (N, E)
             with torch.no_grad():                            # a selection has no gradient
-                indices = self.select(self.squash(logits))   # (N, K)
+                indices = self.select(scores)                # (N, K)
                 # (N, E), 1 where the token goes; a row's experts differ: no entry is written twice
                 assigned = torch.zeros_like(logits).scatter_(1, indices, 1.0)
                 if self.training:
                     self.count(x, assigned)
             gates = self.gate(logits.gather(1, indices))     # (N, K)
-            return Routing(indices, gates, self.aux_loss(logits, assigned))
+            aux_loss = self.aux_loss(logits, scores, assigned)
+            return Routing(indices, gates, aux_loss, logits, scores)
 
-    def scores(self, x: Tensor) -> Tensor:
-        """x (N, C) -> how well each expert fits each token (N, E), before any bias."""
-        with torch.autocast(x.device.type, enabled=False):
-            return self.squash(self.logits(x.float()))
-
-    def squash(self, logits: Tensor) -> Tensor:
-        return logits
+    def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, C) -> logits (N, E), which the gates are made of, and scores (N, E)."""
+        raise NotImplementedError
 
     def select(self, scores: Tensor) -> Tensor:
+        """scores (N, E) -> indices (N, K), best first."""
         return scores.topk(self.config.top_k, dim=-1).indices
 
-    def aux_loss(self, logits: Tensor, assigned: Tensor) -> Tensor:
+    def gate(self, chosen: Tensor) -> Tensor:
+        """Logits of the chosen experts (N, K) -> gates (N, K)."""
+        raise NotImplementedError
+
+    def update(self) -> None:
+        """Move bias and centroids by the statistics of the whole step. Called for all layers at
+        once, by update_routers()."""
+
+    def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         return logits.new_zeros(())
 
     def count(self, x: Tensor, assigned: Tensor) -> None:
         self.load += assigned.sum(0)
 
     def statistics(self) -> list[Tensor]:
-        """The buffers that count() fills: summed over processes, used by move(), then cleared."""
+        """The buffers that count() fills: summed over processes, read by update(), then zero."""
         return [self.load]
-
-    def move(self) -> None:
-        """Move bias and centroids by the statistics of the whole step."""
-
-    def update(self) -> None:
-        """Call once after every optimizer step. For all layers at once: update_routers()."""
-        update_routers([self])
 
 
 @torch.no_grad()
 def update_routers(routers: list[Router]) -> None:
-    """The update of several routers, their statistics summed over all processes in one all-reduce.
-    A router in eval mode stays as it is."""
+    """Call once after every optimizer step: the update of all routers, their statistics summed over
+    all processes in one all-reduce. A router in eval mode stays as it is."""
     routers = [router for router in routers if router.training]
     statistics = [buffer for router in routers for buffer in router.statistics()]
     if dist.is_initialized() and statistics:
@@ -102,7 +104,7 @@ def update_routers(routers: list[Router]) -> None:
         for buffer, total in zip(statistics, flat.split([b.numel() for b in statistics])):
             buffer.copy_(total.view_as(buffer))
     for router in routers:
-        router.move()
+        router.update()
     for buffer in statistics:
         buffer.zero_()
 
@@ -118,14 +120,20 @@ def bias_step(bias: Tensor, load: Tensor, rate: float) -> None:
 class LearnedRouter(Router):
     """Linear scores and no balancing at all.
 
-        s = softmax(x R^T), or sigmoid(x R^T)        R (E, C) learned
+        z = x R^T                                    R (E, C) learned; z the logits
+        s = softmax(z), or sigmoid(z)
         S = top-K of s
         gate_i = s_i / sum over S of s
+        aux_loss = z_loss_coef * mean over tokens of logsumexp(z)^2
 
     The gates are normalised over S, so the language-model loss has a gradient on the selected rows
     only. For one token that gradient is (scalar) * x, and so are those of the neuron rows of the
     selected expert's W_gate and W_up: router and expert add up the same tokens. The coupling.
-    With K = 1 the gate is always 1 and that gradient 0: such a row never learns from the loss."""
+    With K = 1 the gate is always 1 and that gradient 0: such a row never learns from the loss.
+
+    The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) keeps logits small; its coefficient is 0 by
+    default. It pushes every row along -x, on every token: a common mode, that the other losses'
+    gradients lack, as theirs sum to zero over the experts."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -135,11 +143,10 @@ class LearnedRouter(Router):
     def directions(self) -> Tensor:
         return self.weight  # (E, C)
 
-    def logits(self, x: Tensor) -> Tensor:
-        return x @ self.weight.float().t()  # (N, E)
-
-    def squash(self, logits: Tensor) -> Tensor:
-        return logits.softmax(-1) if self.config.score_fn == "softmax" else logits.sigmoid()
+    def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = x @ self.weight.float().t()  # (N, E)
+        softmax = self.config.score_fn == "softmax"
+        return logits, logits.softmax(-1) if softmax else logits.sigmoid()
 
     def gate(self, chosen: Tensor) -> Tensor:
         # softmax over all E, then normalised over S, is the softmax over S: written so, the
@@ -148,29 +155,33 @@ class LearnedRouter(Router):
             return chosen.softmax(-1)  # (N, K)
         return F.normalize(chosen.sigmoid(), p=1.0, dim=-1)
 
+    def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
+        return self.config.z_loss_coef * logits.logsumexp(-1).square().mean()
+
 
 class AuxLossRouter(LearnedRouter):
     """Linear scores, balanced by a loss (Switch Transformers, arXiv 2101.03961, eq. 4; as in
     OLMoE).
 
-        s, S, gates                      as LearnedRouter
-        aux_loss = aux_loss_coef * E * sum over i of f_i P_i
+        z, s, S, gates                   as LearnedRouter
+        aux_loss = aux_loss_coef * E * sum over i of f_i P_i, plus the z-loss
             f_i = share of the N * K assignments that went to expert i      (no gradient)
             P_i = mean over tokens of s_i / sum over j of s_j
 
     At perfect balance aux_loss = aux_loss_coef. The gradient of P_i is along x for every token,
     chosen or not, on every row: it mixes into r_i tokens that expert i never saw."""
 
-    def aux_loss(self, logits: Tensor, assigned: Tensor) -> Tensor:
+    def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         f = assigned.mean(0) / self.config.top_k                          # (E)
-        P = F.normalize(self.squash(logits), p=1.0, dim=-1).mean(0)       # (E)
-        return self.config.aux_loss_coef * self.config.n_expert * (f * P).sum()
+        P = F.normalize(scores, p=1.0, dim=-1).mean(0)                    # (E)
+        balance = self.config.aux_loss_coef * self.config.n_expert * (f * P).sum()
+        return balance + super().aux_loss(logits, scores, assigned)
 
 
 class LossFreeRouter(LearnedRouter):
     """Linear scores, balanced by a bias without any loss (arXiv 2408.15664).
 
-        s, gates                         as LearnedRouter
+        z, s, gates                      as LearnedRouter
         S = top-K of s + b               b never enters the gates
         b_i += bias_update_rate * sign(mean(load) - load_i)      after each step"""
 
@@ -181,7 +192,7 @@ class LossFreeRouter(LearnedRouter):
     def select(self, scores: Tensor) -> Tensor:
         return super().select(scores + self.bias)
 
-    def move(self) -> None:
+    def update(self) -> None:
         bias_step(self.bias, self.load, self.config.bias_update_rate)
 
 
@@ -205,10 +216,11 @@ class KMeansRouter(Router):
     def directions(self) -> Tensor:
         return self.centroids  # (E, C)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # dividing the (N, E) products by |x| beats normalising the (N, C) hidden states first
-        cosines = x @ F.normalize(self.centroids.float(), dim=-1).t()     # (N, E), still times |x|
-        return cosines / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        products = x @ F.normalize(self.centroids.float(), dim=-1).t()    # (N, E)
+        cosines = products / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return cosines, cosines
 
     def select(self, scores: Tensor) -> Tensor:
         return super().select(scores + self.bias)
@@ -223,7 +235,7 @@ class KMeansRouter(Router):
     def statistics(self) -> list[Tensor]:
         return [self.load, self.total]
 
-    def move(self) -> None:
+    def update(self) -> None:
         mean = self.total / self.load.clamp(min=1)[:, None]  # (E, C)
         decay = self.config.ema_decay
         moved = decay * self.centroids + (1 - decay) * mean

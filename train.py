@@ -19,16 +19,21 @@ import signal
 import statistics
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from model import Config, SMoETransformer, load_balance, read_checkpoint, router_similarity
-from prepare_data import Parser, get_batch, get_tokenizer, open_dataset, prepare
+from model import (
+    Config, SMoETransformer, coupling_spearman, load_balance, read_checkpoint, read_log,
+    router_similarity, validate)
+from prepare_data import (
+    Parser, cli, eval_batches, get_batch, get_tokenizer, open_dataset, prepare, printable)
 from routers import update_routers
 
 
@@ -42,7 +47,8 @@ class TrainConfig(Config):
     gradient_accumulation_steps: int = 1  # micro-batches in a step, over all processes
     max_iters: int = 1200                 # optimizer steps
     eval_interval: int = 200              # steps from one evaluation and checkpoint to the next
-    eval_iters: int = 40                  # micro-batches in an evaluation, always the same ones
+    eval_tokens: int = 16384              # validation tokens in an evaluation, always the same ones
+    final_eval_tokens: int = 524288       # in the last one, the result: all that stdlib has, 420k
     log_interval: int = 10                # steps from one line of the log to the next
     learning_rate: float = 1e-3           # after the warm-up
     min_lr: float = 1e-4                  # at the end of the cosine
@@ -62,17 +68,12 @@ class TrainConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval",
-                     "eval_iters", "log_interval"):
-            self.check(getattr(self, name) > 0, name, "positive")
-        self.check(0 < self.learning_rate < math.inf, "learning_rate", "positive")
+                     "eval_tokens", "final_eval_tokens", "log_interval", "learning_rate"):
+            self.check(0 < getattr(self, name) < math.inf, name, "positive")
+        for name in ("warmup_iters", "weight_decay", "grad_clip", "seed"):
+            self.check(0 <= getattr(self, name) < math.inf, name, "0 or more")
         self.check(0 <= self.min_lr <= self.learning_rate, "min_lr",
                    f"from 0 to learning_rate = {self.learning_rate}")
-        self.check(self.warmup_iters >= 0, "warmup_iters", "0 or more")
-        self.check(0 <= self.weight_decay < math.inf, "weight_decay", "0 or more")
-        self.check(0 <= self.beta1 < 1, "beta1", "in [0, 1)")
-        self.check(0 <= self.beta2 < 1, "beta2", "in [0, 1)")
-        self.check(0 <= self.grad_clip < math.inf, "grad_clip", "0 or more")
-        self.check(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1")
         self.check(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), "device",
                    "auto, cpu, cuda or cuda:N")
         self.check(self.dtype in ("auto", "float32", "bfloat16"), "dtype",
@@ -80,7 +81,7 @@ class TrainConfig(Config):
         # the shape check of grouped_mm under torch.compile takes bfloat16 alone (torch 2.13)
         self.check(not (self.compile and self.dtype == "float32"), "dtype",
                    "bfloat16 with --compile")
-        self.out_dir = self.out_dir or f"out/{self.router}"
+        self.out_dir = os.path.expanduser(self.out_dir or f"out/{self.router}")
 
 
 PRESETS = {
@@ -92,13 +93,13 @@ PRESETS = {
     "1b": dict(
         vocab_size=50304, block_size=1024, n_layer=16, n_head=16, n_embd=1024, n_expert=64, top_k=8,
         d_expert=256, dataset="fineweb-edu", batch_size=16, gradient_accumulation_steps=32,
-        max_iters=100_000, eval_interval=1000, eval_iters=64, learning_rate=4e-4, min_lr=4e-5,
-        warmup_iters=2000, compile=True),
+        max_iters=100_000, eval_interval=1000, eval_tokens=2**20, final_eval_tokens=2**22,
+        learning_rate=4e-4, min_lr=4e-5, warmup_iters=2000, compile=True),
 }
 
-# what --resume cannot change: the shape of the tensors, what the router means, the data
+# what --resume cannot change: the shape of the tensors, what the router means, which batches come
 FIXED = ("config", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_expert", "top_k",
-         "d_expert", "router", "score_fn", "dataset")
+         "d_expert", "router", "score_fn", "dataset", "seed")
 
 PEAK_BF16 = {  # dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name
     "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
@@ -129,8 +130,12 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
 
     named, checkpoint = parser.parse_args(argv), None
     if named.resume:
-        out_dir = named.out_dir or f"out/{named.router}"
+        out_dir = os.path.expanduser(named.out_dir or f"out/{named.router}")
         checkpoint = read_checkpoint(Path(out_dir) / "ckpt.pt")
+        unknown = checkpoint["config"].keys() - comments.keys()
+        if unknown:
+            raise ValueError(f"{out_dir}/ckpt.pt has settings that this train.py does not know "
+                             f"({', '.join(sorted(unknown))}); go on with the one that wrote it.")
         parser.set_defaults(**checkpoint["config"] | {"out_dir": out_dir})
     elif named.config in PRESETS:
         parser.set_defaults(**PRESETS[named.config])
@@ -138,7 +143,7 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
         raise ValueError(f"config must be one of {', '.join(PRESETS)}, not {named.config!r}.")
     c = TrainConfig(**vars(parser.parse_args(argv)))
     for name in FIXED if checkpoint else ():
-        found = checkpoint["config"][name]
+        found = checkpoint["config"].get(name, getattr(c, name))
         if getattr(c, name) != found:
             raise ValueError(f"the run in {c.out_dir} was trained with {name} = {found!r} and "
                              f"cannot go on with {getattr(c, name)!r}; name another --out_dir and "
@@ -146,12 +151,23 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
     if checkpoint and checkpoint["step"] >= c.max_iters:
         raise ValueError(f"the run in {c.out_dir} has done all its {checkpoint['step']} steps; "
                          "pass a larger --max_iters to go on.")
+    if not (checkpoint or c.overwrite or c.bench) and Path(c.out_dir, "ckpt.pt").exists():
+        raise ValueError(f"{c.out_dir} already holds a run; pass --resume to go on with it, "
+                         "--overwrite to start anew, or another --out_dir.")
     return c, checkpoint
 
 
-def set_up(c: TrainConfig) -> tuple[torch.device, torch.dtype, int, int]:
-    """-> device, dtype of the activations, rank, world size. torchrun sets the environment
-    variables; a single process goes without. Raises ValueError for a device that is not there."""
+class Machine(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype         # of the activations
+    autocast: torch.autocast   # the context of every forward pass
+    rank: int                  # of this process, among
+    world_size: int            # so many
+
+
+def set_up(c: TrainConfig) -> Machine:
+    """Finds the device and joins the other processes, if torchrun started several (it sets the
+    environment variables). Raises ValueError for a device that is not there."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if c.gradient_accumulation_steps % world_size:
         raise ValueError(f"gradient_accumulation_steps = {c.gradient_accumulation_steps} does not "
@@ -167,14 +183,22 @@ def set_up(c: TrainConfig) -> tuple[torch.device, torch.dtype, int, int]:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    if world_size > 1:  # gradients travel over nccl, the request to stop over gloo, off the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     bfloat16 = c.dtype == "bfloat16" or c.dtype == "auto" and (device.type == "cuda" or c.compile)
     if bfloat16 and (c.n_embd % 8 or c.d_expert % 8):
         raise ValueError(f"n_embd = {c.n_embd} and d_expert = {c.d_expert} must be multiples of 8 "
                          "in bfloat16 (grouped_mm wants rows of 16 bytes); pass --dtype=float32 "
                          "--compile=False.")
-    return device, torch.bfloat16 if bfloat16 else torch.float32, rank, world_size
+    if world_size > 1:  # gradients travel over nccl, the request to stop over gloo, off the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Machine(device, torch.bfloat16 if bfloat16 else torch.float32,
+                   torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), rank, world_size)
+
+
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """Summed over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def keep_freed_memory() -> None:
@@ -191,6 +215,12 @@ def compiled(model: torch.nn.Module):
     under the forward's autocast, the router's gradient would go through bfloat16 products."""
     torch._functorch.config.backward_pass_autocast = "off"
     return torch.compile(model)
+
+
+def distributed(model: torch.nn.Module):
+    """DDP, for several processes. The routers combine their own statistics, which rank 0's must not
+    overwrite; a bucket holds a layer of 1b, as the compiler cuts its graph at the buckets."""
+    return DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=200)
 
 
 def make_optimizer(model: SMoETransformer, c: TrainConfig) -> torch.optim.AdamW:
@@ -229,35 +259,41 @@ def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> 
     return torch.stack(losses).mean(0)
 
 
-def evaluate(model, data, autocast, c: TrainConfig, device, rank, world_size) -> dict[str, float]:
-    """Validation metrics (README.md) on eval_iters micro-batches, the same ones every time and for
-    every seed, dealt out to the processes. Metrics of a layer are averaged over the layers."""
-    loads = torch.zeros(c.n_layer, c.n_expert, device=device)
-
-    def counter(load):  # a forward hook that adds what a router sends where to load (E)
-        def hook(router, args, routing):
-            load.add_(torch.bincount(routing.indices.flatten(), minlength=c.n_expert))
-        return hook
-
-    hooks = [r.register_forward_hook(counter(load)) for r, load in zip(model.routers(), loads)]
-    loss = torch.zeros((), device=device)
+def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple[dict, dict]:
+    """-> (what the log says of it (README.md), what the checkpoint keeps). Validation metrics on
+    n_tokens tokens, the same ones for every seed, batch size and number of processes, which share
+    them; the coupling on 2,048 tokens, by each process. Layers count alike in every mean."""
+    where = dict(block_size=c.block_size, batch_size=c.batch_size, device=machine.device)
     model.eval()
-    with torch.no_grad(), autocast:
-        for i in range(rank, c.eval_iters, world_size):
-            x, y = get_batch(data, "val", seed=0, step=0, micro_step=i, device=device,
-                             batch_size=c.batch_size, block_size=c.block_size)
-            loss += model(x, y)[1] / c.eval_iters
+    with machine.autocast, torch.no_grad():
+        loss, n, loads = validate(model, eval_batches(
+            data, n_tokens, rank=machine.rank, world_size=machine.world_size, **where))
+        coupling = coupling_spearman(model, eval_batches(data, 2048, **where))
     model.train()
-    for hook in hooks:
-        hook.remove()
-    if world_size > 1:
-        dist.all_reduce(loss)
-        dist.all_reduce(loads)
-    load_std, max_violation = load_balance(loads)  # (n_layer), (n_layer)
+    loads = total(loads).cpu()                                           # (n_layer, E)
+    sums = total(torch.tensor([loss, n], dtype=torch.double, device=machine.device))
+    val_loss = (sums[0] / sums[1]).item()
+    load_std, max_violation = load_balance(loads)                        # (n_layer) each
     similarity = torch.stack([router_similarity(r.directions) for r in model.routers()])
-    return {"val_loss": loss.item(), "perplexity": loss.exp().item(),
-            "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
-            "router_similarity": similarity.mean().item()}
+    metrics = {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700.0)),  # no infinity
+               "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
+               "router_similarity": similarity.mean().item(),
+               "coupling_spearman": coupling.mean().item()}
+    return metrics, {"val_loss": val_loss, "tokens": int(sums[1]), "load": loads}
+
+
+def lock(out_dir: Path):
+    """-> an open file that must stay so: while it does, no other run can be in out_dir."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file = open(out_dir / "lock", "w")
+    with suppress(ImportError):  # Windows has no such lock
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however
+        except OSError:
+            raise ValueError(f"another run is in {out_dir} right now; wait for its end, or name "
+                             "another --out_dir.") from None
+    return file
 
 
 def save_checkpoint(path: Path, **state) -> None:
@@ -268,8 +304,9 @@ def save_checkpoint(path: Path, **state) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's writer calls a full disk a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise OSError(f"step {state['step']} could not be saved to {path}, which still holds the "
-                      f"last good checkpoint, if any: {error}") from error
+        reason = getattr(error, "strerror", None) or "no room on the disk?"
+        raise OSError(f"step {state['step']} could not be saved to {path} ({reason}), which still "
+                      "holds the last good checkpoint, if any.") from error
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -285,8 +322,7 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
     run tells what this device, as busy as it is now, could do at best."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--bench measures one device; start it with python, not torchrun.")
-    device, dtype, _, _ = set_up(c)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+    device, dtype, autocast, _, _ = set_up(c)
 
     def seconds(function, n):  # the median of n calls
         times = []
@@ -329,114 +365,161 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
           f"peak memory {memory:.1f} GiB")
 
 
-def finish(model, data, metrics, autocast, c: TrainConfig) -> None:
-    """A sample that starts a new document, and the run in three lines."""
+def finish(model, data, step: int, metrics: dict, machine: Machine, c: TrainConfig) -> None:
+    """What the user sees last: a sample that goes on with validation text, and three lines."""
+    if step < c.max_iters:
+        print(f"stopped and saved at step {step}; go on with: "
+              + command(Path(sys.argv[0]).stem, f"--out_dir={c.out_dir}", "--resume"))
+        return
     try:
         tokenizer = get_tokenizer(data.meta["tokenizer"]["name"])
     except ValueError as error:  # a node without network may lack the vocabulary
         print(f"No sample: {error}")
     else:
-        idx = torch.tensor([[tokenizer.eot_token]], device=model.embed.weight.device)
-        with autocast:
-            ids = model.generate(idx, 200, temperature=0.8)[0, 1:].tolist()
-        text = tokenizer.decode([i for i in ids if i < tokenizer.eot_token])  # padding has no text
-        print("".join(ch if ch.isprintable() or ch == "\n" else " " for ch in text))
+        start = torch.from_numpy(data.val[:min(64, c.block_size)].astype("int64"))     # (n)
+        with machine.autocast:
+            idx = model.generate(start[None].to(machine.device), 256, temperature=0.5)[0].tolist()
+        rule = "-" * 30
+        print(f"{rule} validation text {rule}\n{printable(tokenizer, idx[:len(start)])}\n"
+              f"{rule} the model goes on {rule}\n{printable(tokenizer, idx[len(start):])}\n"
+              f"{'-' * 80}")
     collapsed = (1 / c.top_k / c.n_expert - 1 / c.n_expert**2) ** 0.5
-    print("-" * 80)
     print(f"validation perplexity {metrics['perplexity']:.3f} a token "
           f"({metrics['val_loss']:.3f} nats)")
     print(f"load Std {metrics['load_std']:.4f} (even load: 0, all tokens to {c.top_k} experts: "
           f"{collapsed:.4f})")
-    print(f"the run lies in {c.out_dir}; next: python analyze.py {c.out_dir}")
+    print(f"the run lies in {c.out_dir}; next: {command('analyze', c.out_dir)}")
+
+
+def command(script: str, *flags: str) -> str:
+    """What the user types next. Other scripts do not know a router that the user's own script
+    registers, so it imports that one first."""
+    mine = Path(sys.argv[0]).stem
+    if mine == "train" or script == mine:
+        return " ".join(["python", f"{script}.py", *flags])
+    return f'python -c "import {mine}, {script}; {script}.main({list(flags)})"'
+
+
+def open_data(c: TrainConfig, machine: Machine):
+    """The two corpora that every machine has prepare themselves."""
+    folder = Path("data", c.dataset)
+    if c.dataset in ("stdlib", "python") and not folder.exists() and machine.rank == 0:
+        prepare(c.dataset)
+    if machine.world_size > 1:
+        dist.barrier()
+    return open_dataset(folder, c.block_size, c.vocab_size)
+
+
+def restore(checkpoint: dict, model, optimizer, data, c: TrainConfig) -> int:
+    """-> the step that the run goes on from. Raises ValueError for other data."""
+    if checkpoint["data_sha256"] != data.meta["sha256"]["train.bin"]:
+        raise ValueError(f"data/{c.dataset} is not the data that the run in {c.out_dir} was "
+                         "trained on; prepare that again, or name another --out_dir and no "
+                         "--resume.")
+    moments = {"state": checkpoint["optimizer"].get("state")}  # betas, weight decay: the flags'
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(optimizer.state_dict() | moments)
+        torch.set_rng_state(checkpoint["rng"])
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{c.out_dir}/ckpt.pt does not fit this model ({reason}); go on with the "
+                         "train.py that wrote it, or train again.") from None
+    return checkpoint["step"]
+
+
+def stop_requests() -> list[int]:
+    """-> a list that SIGINT and SIGTERM fill: the first asks to stop after the step, a second one
+    stops at once."""
+    signals = []
+
+    def request_stop(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this step; once more stops at once, without saving",
+              file=sys.stderr)
+
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
+    return signals
+
+
+def check_finite(record: dict, model, checkpoint_path: Path) -> None:
+    """Ends a run that has diverged before it saves anything. A loss can still be fine when the step
+    that it led to has ruined the weights."""
+    losses = [record[key] for key in ("train_loss", "val_loss") if key in record]
+    weights = all(p.isfinite().all() for p in model.parameters())
+    if not (weights and all(map(math.isfinite, losses))):
+        good = (f"the last good checkpoint is {checkpoint_path}" if checkpoint_path.exists()
+                else "there is no checkpoint yet")
+        raise SystemExit(f"train.py: loss or weights are not finite at step {record['step']}; "
+                         f"{good}. Try a lower --learning_rate or a longer --warmup_iters.")
+
+
+def write_log(path: Path, records: list[dict], anew: bool) -> None:
+    """Appends a line for each record, or replaces the file, which then is the old or the new one."""
+    target = path.with_suffix(".tmp") if anew else path
+    try:
+        with open(target, "w" if anew else "a") as log:
+            log.writelines(json.dumps(record) + "\n" for record in records)
+        os.replace(target, path)
+    except OSError as error:  # of a full disk, Python names no file
+        raise OSError(f"{path} could not be written ({error.strerror}).") from error
 
 
 def main(argv: list[str]) -> None:
     c, checkpoint = parse_args(argv)
     if c.bench:
         return bench(c)
-    out_dir, data_dir = Path(c.out_dir), Path("data") / c.dataset
+    machine = set_up(c)
+    device, dtype, autocast, rank, world_size = machine
+    master, out_dir = rank == 0, Path(c.out_dir)
     log_path, checkpoint_path = out_dir / "log.jsonl", out_dir / "ckpt.pt"
-    if not (c.resume or c.overwrite) and (log_path.exists() or checkpoint_path.exists()):
-        raise ValueError(f"{out_dir} already holds a run; pass --resume to go on with it, "
-                         "--overwrite to start anew, or another --out_dir.")
-    device, dtype, rank, world_size = set_up(c)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
-
-    # data: the two corpora that every machine has prepare themselves
-    if c.dataset in ("stdlib", "python") and not data_dir.exists() and rank == 0:
-        prepare(c.dataset)
-    if world_size > 1:
-        dist.barrier()
-    data = open_dataset(data_dir, c.block_size, c.vocab_size)
-    data_sha256 = data.meta["sha256"]["train.bin"]
-
-    # model and optimizer: the same seed, so the same weights on every rank
-    torch.manual_seed(c.seed)
+    held = lock(out_dir) if master else None  # until the process ends
+    data = open_data(c, machine)
+    torch.manual_seed(c.seed)  # the same weights on every rank
     raw_model = SMoETransformer(c).to(device)
     optimizer = make_optimizer(raw_model, c)
-    step, best_loss = 0, math.inf
-    if checkpoint:
-        if checkpoint["data_sha256"] != data_sha256:
-            raise ValueError(f"{data_dir} is not the data that the run in {out_dir} was trained "
-                             "on; prepare that again, or name another --out_dir and no --resume.")
-        raw_model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"])
-        step, best_loss = checkpoint["step"], checkpoint["best_loss"]
+    step = restore(checkpoint, raw_model, optimizer, data, c) if checkpoint else 0
     model = compiled(raw_model) if c.compile else raw_model
-    if world_size > 1:  # the routers combine their own statistics: rank 0's must not overwrite them
-        model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True,
-                    bucket_cap_mb=200)  # a layer of 1b: the compiler cuts its graph at the buckets
+    model = distributed(model) if world_size > 1 else model
 
-    # files: rank 0 writes them; the log forgets what came after the checkpoint
-    master = rank == 0
-    if master:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        lines = log_path.read_text().split("\n")[:-1] if checkpoint and log_path.exists() else []
-        log_path.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= step))
-        if not checkpoint:
-            checkpoint_path.unlink(missing_ok=True)
-        total, active = raw_model.num_params()
-        print(f"{c.router} on {c.dataset}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M "
-              f"active a token, {world_size} x {device} in {dtype}, step {step} to {c.max_iters}")
-
-    # the first SIGINT or SIGTERM asks to stop after the step, a second one stops at once
-    signals = []
-
-    def request_stop(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, request_stop)
-    signal.signal(signal.SIGTERM, request_stop)
-
-    peak, flops_per_token = peak_flops(device, dtype), raw_model.flops_per_token()
-    tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
     micro_steps = c.gradient_accumulation_steps // world_size
-    stop, metrics = False, {}
+    tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
+    peak, flops_per_token = peak_flops(device, dtype), raw_model.flops_per_token()
+    if master:
+        counts = [f"{n / 1e6:.1f}M" for n in raw_model.num_params()]
+        print(f"{c.router} on {c.dataset}: {counts[0]} parameters, {counts[1]} active a token, "
+              f"{world_size} x {device} in {dtype}, step {step} to {c.max_iters}")
+    if checkpoint:  # the log forgets what came after the checkpoint
+        records = [record for record in read_log(log_path) if record["step"] <= step]
+    else:
+        metrics, evaluation = evaluate(raw_model, data, c.eval_tokens, machine, c)
+        records = [dict.fromkeys(("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu"))
+                   | {"step": 0} | metrics]
+    signals, stop, first = stop_requests(), False, True
     start, start_step = time.perf_counter(), step
     bar = tqdm(total=c.max_iters, initial=step, unit="step", disable=None if master else True)
     while step < c.max_iters and not stop:
+        # batch: a pure function of seed, step, micro-step and rank
         step += 1
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, c)
         batches = [get_batch(data, "train", seed=c.seed, step=step, micro_step=i, rank=rank,
                              world_size=world_size, device=device, batch_size=c.batch_size,
                              block_size=c.block_size) for i in range(micro_steps)]
+
+        # learn: forward, backward, optimizer, routers
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, c)
         losses = train_step(model, raw_model.routers(), optimizer, batches, autocast, c)
         bar.update()
 
-        requests = torch.tensor(len(signals))  # on the CPU: the ranks agree without the GPU
-        if world_size > 1:
-            dist.all_reduce(requests)
-        stop, evaluating = bool(requests), step % c.eval_interval == 0 or step == c.max_iters
+        # measure, once in a while
+        stop = bool(total(torch.tensor(len(signals))))  # on the CPU: without waiting for the GPU
+        last, evaluation = step == c.max_iters, None
+        evaluating = last or step % c.eval_interval == 0
         if not (stop or evaluating or step % c.log_interval == 0):
             continue
-
-        if world_size > 1:
-            dist.all_reduce(losses)
-            losses /= world_size
-        train_loss, aux_loss = losses.tolist()  # waits for the device
+        train_loss, aux_loss = (total(losses) / world_size).tolist()  # waits for the device
         speed = (step - start_step) * tokens / (time.perf_counter() - start)
         record = {"step": step, "train_loss": train_loss, "aux_loss": aux_loss,
                   "lr": learning_rate(step, c), "tokens_per_s": speed,
@@ -444,44 +527,34 @@ def main(argv: list[str]) -> None:
         bar.set_postfix(loss=f"{train_loss:.3f}")
         if evaluating:
             # the model that is not compiled: evaluation is rare, and need not compile again
-            metrics = evaluate(raw_model, data, autocast, c, device, rank, world_size)
+            n_tokens = c.final_eval_tokens if last else c.eval_tokens
+            metrics, evaluation = evaluate(raw_model, data, n_tokens, machine, c)
             record |= metrics
-            best_loss = min(best_loss, metrics["val_loss"])
-        if not all(math.isfinite(value) for value in record.values() if value is not None):
-            raise SystemExit(f"train.py: the loss is not finite at step {step}; "
-                             + (f"the last good checkpoint is {checkpoint_path}"
-                                if checkpoint_path.exists() else "there is no checkpoint yet")
-                             + ". Try a lower --learning_rate or a longer --warmup_iters.")
+        check_finite(record, raw_model, checkpoint_path)
+
+        # save: the log at each measurement, a checkpoint at each evaluation
         if master:
-            with open(log_path, "a") as log:
-                log.write(json.dumps(record) + "\n")
+            if first and not checkpoint:  # what --overwrite replaces goes once the new run works
+                checkpoint_path.unlink(missing_ok=True)
+            write_log(log_path, [*records, record] if first else [record], anew=first)
+            first = False
             if evaluating:
-                tqdm.write(f"step {step}: validation loss {metrics['val_loss']:.4f}, perplexity "
-                           f"{metrics['perplexity']:.3f}, load Std {metrics['load_std']:.4f}, max "
-                           f"violation {metrics['max_violation']:.2f}, router similarity "
-                           f"{metrics['router_similarity']:.3f}, {speed:,.0f} tokens/s")
+                tqdm.write(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
             if evaluating or stop:
                 save_checkpoint(
                     checkpoint_path, model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
                     step=step, config=asdict(c) | {"resume": False, "overwrite": False},
-                    best_loss=best_loss, data_sha256=data_sha256, rng=torch.get_rng_state())
+                    evaluation=evaluation if last else None, rng=torch.get_rng_state(),
+                    data_sha256=data.meta["sha256"]["train.bin"],
+                    tokenizer=data.meta["tokenizer"]["name"])
         start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
     bar.close()
-    if master and step < c.max_iters:
-        print(f"stopped and saved at step {step}; go on with: python train.py --out_dir={out_dir} "
-              "--resume")
-    elif master:
-        finish(raw_model, data, metrics, autocast, c)
+    if master:
+        finish(raw_model, data, step, metrics, machine, c)
     if world_size > 1:  # together: a process that leaves early can take gloo's threads down with it
         dist.barrier()
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:  # a user's mistake, a full disk: one sentence
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted before the first step; nothing was saved.")
+    cli(main)
