@@ -347,12 +347,16 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
     batches = ids.to(device).split(max(1, 1024 // T))                    # (b, T + 1) each
     seen, loss = [[] for _ in mixtures], 0.0
     with tqdm(total=len(batches) * len(mixtures), desc=name, unit="layer", **BAR) as bar:
-        for mixture, rows in zip(mixtures, seen):  # the model, and so its hooks, end with this call
-            mixture.experts.register_forward_pre_hook(partial(see, mixture, rows, bar))
-        for batch in batches:
-            logits = model(batch[:, :-1], use_cache=False).logits        # (b, T, V)
-            loss += sum(F.cross_entropy(row.float(), targets, reduction="sum").item()
-                        for row, targets in zip(logits, batch[:, 1:]))   # a row: V is large
+        hooks = [mixture.experts.register_forward_pre_hook(partial(see, mixture, rows, bar))
+                 for mixture, rows in zip(mixtures, seen)]
+        try:
+            for batch in batches:
+                logits = model(batch[:, :-1], use_cache=False).logits    # (b, T, V)
+                for row, targets in zip(logits, batch[:, 1:]):
+                    loss += F.cross_entropy(row.float(), targets, reduction="sum").item()
+        finally:  # a hook that stays would hold the weights until the garbage is collected
+            for hook in hooks:
+                hook.remove()
     if not math.isfinite(loss):
         raise ValueError("its loss is not finite; try --dtype=float32.")
     layers = []
@@ -471,7 +475,7 @@ def token_information(tokens: Tensor, experts: Tensor, E: int) -> Tensor:
 def layer_metrics(layer: Layer, tokens: Tensor) -> dict[str, Tensor]:
     """The metrics of one layer by their keys in metrics.json; tokens (N)."""
     directions, w_gate, load = layer.directions.float(), layer.w_gate.float(), layer.load.double()
-    (E, C), (N, K) = directions.shape, layer.indices.shape
+    E, C = directions.shape
     first = layer.indices[:, 0]                                          # (N)
     std, violation = load_balance(load)
     matched, mismatched = alignment(directions, w_gate)
@@ -976,7 +980,7 @@ def draw_experts(fig, groups) -> str | None:
                         linewidth=0.4)
                 ax.text(x, y + 0.5, text, **font)
                 x += len(text)
-    run = named.runs[-1]
+    run = named.runs[0]  # the one whose text stands on the left
     E = run["n_expert"]
     font["size"] = min(font["size"], 5.6 * 72 / E / 1.2)
     ax = fig.add_axes((right + 0.02, 0.02, 0.98 - right - 0.02, 0.865))
