@@ -42,7 +42,7 @@ class Config:
     aux_loss_coef: float = 0.01      # aux: weight of the load-balancing loss
     z_loss_coef: float = 0.0         # learned routers: weight of the z-loss; OLMoE takes 0.001
     bias_update_rate: float = 1e-3   # lossfree, kmeans: step of the selection bias
-    ema_decay: float = 0.999         # kmeans: share of a centroid kept a step; 0.99 adds 0.03 nats
+    ema_decay: float = 0.999         # kmeans: share of a centroid that is kept at each step
     gate_temperature: float = 0.1    # kmeans: temperature of the softmax over cosines in the gates
 
     def __post_init__(self):
@@ -253,7 +253,7 @@ class SMoETransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Every scheme there is, from torch's global random generator:
+        """How each tensor starts, from torch's global random generator:
 
         embed, head, qkv_proj, w_gate, w_up, router.weight    normal, std 0.02
         o_proj, w_down (they write to the residual stream)    normal, std 0.02 / sqrt(2 n_layer)
@@ -526,7 +526,7 @@ def main(argv: list[str]) -> None:
     print(*texts[:-args.tokens], " | ", *texts[-args.tokens:], sep="")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the model itself needs nothing but torch and routers.py
     import argparse
     import sys
 

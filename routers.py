@@ -1,7 +1,8 @@
 """Three routers for a sparse mixture of experts, side by side.
 
 A router looks at one hidden state per token and sends the token to the top_k best of n_expert
-experts. Every router here is the same four verbs in the same order:
+experts. Every router here is the same four verbs in the same order, and, where it needs them, a
+loss and statistics for the update:
 
     score     how well does each expert fit each token?            (N, C) -> (N, E)
     select    which K experts does the token go to?                (N, E) -> (N, K)
@@ -33,7 +34,7 @@ class Routing(NamedTuple):
     indices: Tensor   # (N, K) int64: the experts of each token, best first
     gates: Tensor     # (N, K) float32: their weights; each row sums to 1
     aux_loss: Tensor  # scalar float32, to be added to the training loss
-    logits: Tensor    # (N, E) float32: what score() gives first, in the graph of the gates
+    logits: Tensor    # (N, E) float32: raw scores, of which the gates are made
     scores: Tensor    # (N, E) float32: what the selection goes by, before any bias
 
 
@@ -128,12 +129,12 @@ class LearnedRouter(Router):
 
     The gates are normalised over S, so the language-model loss has a gradient on the selected rows
     only. For one token that gradient is (scalar) * x, and so are those of the neuron rows of the
-    selected expert's W_gate and W_up: router and expert add up the same tokens. The coupling.
+    selected expert's W_gate and W_up: router and expert move along the same tokens. The coupling.
     With K = 1 the gate is always 1 and that gradient 0: such a row never learns from the loss.
 
     The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) keeps logits small; its coefficient is 0 by
-    default. It pushes every row along -x, on every token: a common mode, that the other losses'
-    gradients lack, as theirs sum to zero over the experts."""
+    default. It pushes every row along -x, on every token: a common mode. With softmax scores the
+    other losses' gradients have none: at the logits they sum to zero over the experts."""
 
     def __init__(self, config):
         super().__init__(config)

@@ -530,7 +530,8 @@ def test_each_router_overfits_one_batch(router):
 
 @pytest.mark.parametrize("change, field", [
     (dict(n_embd=30, n_head=4), "n_embd"), (dict(top_k=0), "top_k"), (dict(top_k=9), "top_k"),
-    (dict(vocab_size=0), "vocab_size"), (dict(d_expert=6), "d_expert"), (dict(router="best"), "router"),
+    (dict(vocab_size=0), "vocab_size"), (dict(d_expert=6), "d_expert"),
+    (dict(router="best"), "router"),
     (dict(score_fn="tanh"), "score_fn"), (dict(ema_decay=1.0), "ema_decay"),
     (dict(aux_loss_coef=float("nan")), "aux_loss_coef"), (dict(z_loss_coef=-1.0), "z_loss_coef"),
     (dict(gate_temperature=0.0), "gate_temperature")])
@@ -732,6 +733,17 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
     assert same_state(whole["model"], halves["model"]) and halves["step"] == 6
 
 
+def test_a_resumed_run_may_be_interrupted_before_its_first_evaluation(workdir, monkeypatch):
+    run_train("--out_dir=out/a", "--max_iters=3")
+
+    def interrupt(routers):
+        os.kill(os.getpid(), signal.SIGINT)
+        update_routers(routers)
+    monkeypatch.setattr(train, "update_routers", interrupt)
+    train.main(["--out_dir=out/a", "--resume", "--max_iters=6"])
+    assert read_checkpoint("out/a/ckpt.pt")["step"] == 4
+
+
 def test_resume_forgets_what_the_log_says_after_the_checkpoint_and_what_it_cannot_read(workdir):
     run_train("--out_dir=out/a", "--max_iters=3")
     with open("out/a/log.jsonl", "a") as log:  # as if killed -9 in step 5, in the middle of a line
@@ -882,7 +894,8 @@ def test_on_a_terminal_each_token_stands_on_the_colour_of_its_expert(workdir, mo
     run_train("--out_dir=out/a")
     terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
     monkeypatch.setattr(io, "StringIO", terminal)
-    done = run_script("model.py", "out/a", "--start=12345678901234567890", "--tokens=30", "--layer=1")
+    done = run_script("model.py", "out/a", "--start=12345678901234567890", "--tokens=30",
+                      "--layer=1")
     assert len(re.findall(r"\033\[30;48;2;(\d+;\d+;\d+)m.?\033\[0m", done.stdout, re.DOTALL)) == 46
     assert run_script("model.py", "out/a", "--layer=2").returncode == 2  # 46: 16 of the start's 20
 
@@ -980,7 +993,8 @@ def test_sigterm_to_torchrun_saves_once_and_the_run_can_go_on(workdir):
     (["--lr=1"], "unrecognized arguments: --lr=1"), (["extra"], "unrecognized arguments: extra"),
     (["--max_iters=many"], "max_iters: invalid int value: 'many'"),
     (["--resume=yes"], "'yes' is neither True nor False"),
-    (["--dataset=nothing"], "data/nothing is not a whole data set"), (["--dtype=float16"], "dtype must be auto"),
+    (["--dataset=nothing"], "data/nothing is not a whole data set"),
+    (["--dtype=float16"], "dtype must be auto"),
     (["--device=tpu"], "device must be auto, cpu, cuda or cuda:N"),
     (["--device=cuda:99"], "device cuda:99 is not there"),
     (["--n_embd=33"], "n_embd must be a multiple of"), (["--top_k=9"], "top_k must be from 1 to"),
@@ -1275,7 +1289,8 @@ def test_a_full_disk_or_an_interrupt_leaves_the_old_data_set_alone(
 
 def test_kill_9_leaves_the_old_data_set_whole(tmp_path, corpus):
     code = "import os, prepare_data as p; p.encode = lambda *_: os.kill(os.getpid(), 9); p.prepare"
-    done = python("-c", f"{code}('texts')", cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = python("-c", f"{code}('texts')", cwd=tmp_path, env=env)
     assert done.returncode == -signal.SIGKILL
     assert len(open_dataset(corpus, 8, 320).train) > 0
     assert sorted(os.listdir(tmp_path / "data")) == [".texts.tmp", "texts"]
@@ -1372,7 +1387,8 @@ def test_the_command_prepares_a_data_set_and_says_so_in_one_line(tmp_path, monke
 
 
 @pytest.mark.parametrize("flags, part", [
-    ("--dataset=nowhere", "'nowhere'"), ("--dataset=", "''"), ("--tokenizer=gpt5", "choose bytes, gpt2"),
+    ("--dataset=nowhere", "'nowhere'"), ("--dataset=", "''"),
+    ("--tokenizer=gpt5", "choose bytes, gpt2"),
     ("--val_fraction=nan", "not nan"), ("--val_fraction=half", "invalid float"),
     ("--max_tokens=1", "not 1"), ("--data=stdlib", "--help"), ("--glob=*.md", "not a folder"),
     ("--name=../x", "'../x'"), ("--name=.x", "'.x'")])
@@ -2071,7 +2087,8 @@ def test_a_mixture_in_transformers_is_measured_from_its_own_tensors(kind, tmp_pa
         assert found == pytest.approx(numbers, rel=1e-3, abs=1e-4)
         best_first = layer.scores.gather(1, layer.indices)
         assert (best_first.diff(dim=1) <= 0).all() and layer.activations.shape == (1, 8 * T, E)
-    ids = analyze.read_sequences(transformers.AutoTokenizer.from_pretrained(tmp_path), TEXT, 8 * T, T)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = analyze.read_sequences(tokenizer, TEXT, 8 * T, T)
     logits = model(ids[:, :-1]).logits.flatten(0, 1)
     assert run.loss == pytest.approx(F.cross_entropy(logits, ids[:, 1:].flatten()).item(), rel=1e-4)
 
@@ -2323,12 +2340,12 @@ def test_the_readmes_router_trains_resumes_and_is_analyzed_by_the_commands_that_
     code = re.search(r"```python\n(# my_router\.py.*?)```", README, re.DOTALL)[1]
     Path("my_router.py").write_text(code)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = python("my_router.py", *TOY, "--router=hash", "--max_iters=3", env=env)
+    done = python("my_router.py", *TOY, "--router=random", "--max_iters=3", env=env)
     assert done.returncode == 0, done.stderr
     analysis = shlex.split(done.stdout.rsplit("next: ")[1])
     done = python(*analysis[1:], env=env)
     assert done.returncode == 0, done.stderr
-    metrics = json.loads(Path("out/analysis/metrics.json").read_text())["hash"]
+    metrics = json.loads(Path("out/analysis/metrics.json").read_text())["random"]
     assert metrics["unrouted_gradient_share"] is None and metrics["perplexity"] > 0
     wrong = python("my_router.py", "--router=hush", env=env)
     assert wrong.returncode == 2 and wrong.stderr.startswith("my_router.py: router must be one of")

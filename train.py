@@ -203,7 +203,7 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
 
 def keep_freed_memory() -> None:
     """glibc: keep freed memory instead of handing it to the kernel at each step, to get it back
-    zeroed, page by page: 13 % of a step on a CPU."""
+    zeroed, page by page."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD and
@@ -491,10 +491,11 @@ def main(argv: list[str]) -> None:
         counts = [f"{n / 1e6:.1f}M" for n in raw_model.num_params()]
         print(f"{c.router} on {c.dataset}: {counts[0]} parameters, {counts[1]} active a token, "
               f"{world_size} x {device} in {dtype}, step {step} to {c.max_iters}")
+    metrics = {}
     if checkpoint:  # the log forgets what came after the checkpoint
         records = [record for record in read_log(log_path) if record["step"] <= step]
     else:
-        metrics, evaluation = evaluate(raw_model, data, c.eval_tokens, machine, c)
+        metrics, _ = evaluate(raw_model, data, c.eval_tokens, machine, c)
         records = [dict.fromkeys(("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu"))
                    | {"step": 0} | metrics]
     signals, stop, first = stop_requests(), False, True
