@@ -480,7 +480,7 @@ def read_log(path: Path) -> list[dict]:
     log must never stand in the way of a good checkpoint."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, KeyError):
             record = json.loads(line)
             if isinstance(record["step"], int):
                 records.append(record)

@@ -747,7 +747,7 @@ def test_a_resumed_run_may_be_interrupted_before_its_first_evaluation(workdir, m
 def test_resume_forgets_what_the_log_says_after_the_checkpoint_and_what_it_cannot_read(workdir):
     run_train("--out_dir=out/a", "--max_iters=3")
     with open("out/a/log.jsonl", "a") as log:  # as if killed -9 in step 5, in the middle of a line
-        log.write('{"step": 4, "train_loss": 1}\n\n[]\nnot json\n{"step": 5, "tra')
+        log.write('{"step": 4, "train_loss": 1}\n\n[]\n{}\nnot json\n{"step": 5, "tra')
     train.main(["--out_dir=out/a", "--resume", "--max_iters=6"])
     assert [r["step"] for r in read_log("out/a")] == [0, 1, 2, 3, 4, 5, 6]
     assert read_log("out/a")[4].keys() > {"lr"}

@@ -457,7 +457,7 @@ def check_finite(record: dict, model, checkpoint_path: Path) -> None:
 
 
 def write_log(path: Path, records: list[dict], anew: bool) -> None:
-    """Appends a line for each record, or replaces the file: a reader sees the old or the new one."""
+    """Appends a line a record, or replaces the file: a reader sees the old or the new one."""
     target = path.with_suffix(".tmp") if anew else path
     try:
         with open(target, "w" if anew else "a") as log:
