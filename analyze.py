@@ -83,6 +83,8 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise ValueError("its weights are not finite; train it again with a lower learning rate.")
     settings = checkpoint["config"] | {"data_sha256": checkpoint["data_sha256"]}
+    if checkpoint.get("history"):  # settings that a --resume has changed on the way
+        settings["history"] = str(checkpoint["history"])
     c, step, tokenizer = model.config, checkpoint["step"], checkpoint["tokenizer"]
     data = open_dataset(Path("data", settings["dataset"]), c.block_size, c.vocab_size)
     log, notes = [r for r in read_log(folder / "log.jsonl") if "val_loss" in r], []
@@ -98,11 +100,14 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
                     folder.name, unit="batch", **BAR)
 
     model.to(device).eval()
-    evaluation = checkpoint["evaluation"]
-    if evaluation is None:  # the run was stopped before its end
+    evaluation, val_sha256 = checkpoint["evaluation"], data.meta["sha256"]["val.bin"]
+    if evaluation:  # on the tokens of its time
+        val_sha256 = checkpoint.get("val_sha256", val_sha256)
+    else:  # the run was stopped before its end
         with torch.no_grad():
             loss, n, load = validate(model, batches(settings["final_eval_tokens"]))
         evaluation = {"val_loss": loss / n, "tokens": n, "load": load}
+    settings["val_sha256"] = val_sha256
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
     gradients = logit_gradients(model, *next(iter(batches(1))))
     if all(experiment(run) != experiment({"settings": settings, "step": step}) for run in known):
@@ -114,7 +119,7 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
         text = lambda token: f"<{token}>"
         notes.append(f"experts.png shows token ids: {error}")
     facts = {"dataset": settings["dataset"], "tokenizer": tokenizer,
-             "val_sha256": data.meta["sha256"]["val.bin"], "val_tokens": evaluation["tokens"],
+             "val_sha256": val_sha256, "val_tokens": evaluation["tokens"],
              "n_params": model.num_params()[0], "n_params_active": model.num_params()[1]}
     return Observed(folder.resolve().name, settings, step, evaluation["val_loss"], tokens, text,
                     layers, log, gradients, facts, notes)
@@ -429,13 +434,19 @@ def common_share(directions: Tensor, mean: Tensor) -> Tensor:
     return (rows @ common).square().mean()
 
 
+def top_direction(w: Tensor) -> Tensor:
+    """w (H, C) -> its top right singular vector (C), from the smaller of w w^T and w^T w, which
+    takes less than half as long as an SVD."""
+    if len(w) > w.shape[1]:
+        return torch.linalg.eigh(w.t() @ w).eigenvectors[:, -1]
+    return F.normalize(w.t() @ torch.linalg.eigh(w @ w.t()).eigenvectors[:, -1], dim=0)
+
+
 def alignment(directions: Tensor, w_gate: Tensor) -> tuple[Tensor, Tensor]:
     """directions r (E, C), w_gate (E, H, C) -> mean over i = j and mean over i != j (nan for one
     expert) of |cos(r_i, v_j)|, v_j = top right singular vector of W_gate_j."""
     E = len(directions)
-    # by the eigenvector u of W W^T, as v = W^T u: several times faster than an SVD of large experts
-    u = torch.linalg.eigh(w_gate @ w_gate.transpose(1, 2)).eigenvectors[..., -1:]  # (E, H, 1)
-    top = F.normalize((w_gate.transpose(1, 2) @ u)[..., 0], dim=-1)      # (E, C)
+    top = torch.stack([top_direction(w.float()) for w in w_gate])        # (E, C)
     cosines = (F.normalize(directions, dim=-1) @ top.t()).abs()          # (E, E)
     matched = cosines.trace()
     return matched / E, (cosines.sum() - matched) / (E * (E - 1) or math.nan)
@@ -474,11 +485,11 @@ def token_information(tokens: Tensor, experts: Tensor, E: int) -> Tensor:
 
 def layer_metrics(layer: Layer, tokens: Tensor) -> dict[str, Tensor]:
     """The metrics of one layer by their keys in metrics.json; tokens (N)."""
-    directions, w_gate, load = layer.directions.float(), layer.w_gate.float(), layer.load.double()
+    directions, load = layer.directions.float(), layer.load.double()
     E, C = directions.shape
     first = layer.indices[:, 0]                                          # (N)
     std, violation = load_balance(load)
-    matched, mismatched = alignment(directions, w_gate)
+    matched, mismatched = alignment(directions, layer.w_gate)
     metrics = {
         "load_std": std, "max_violation": violation, "load_cv": E * std,
         "load_cv_sampling": ((E - 1) / load.sum()).sqrt(),  # load.sum() = tokens * K
@@ -621,6 +632,10 @@ def experiment(run: dict) -> dict:
     return settings | {"step": run["step"]}
 
 
+def short(key: str, value) -> str:
+    return str(value)[:8] if key.endswith("sha256") else str(value)
+
+
 def differing(experiments: list[dict]) -> list[str]:
     """The settings that are not the same in all of them."""
     keys = dict.fromkeys(key for settings in experiments for key in settings)
@@ -643,13 +658,13 @@ def group_runs(runs: dict[str, dict]) -> tuple[list[Group], list[str]]:
     for label, members in zip(labels, found.values()):
         group = [runs[name] for name in members.values()]
         same = [experiment(runs[name]) for other, (_, name) in zip(labels, first) if other == label]
-        more = [f"{key}={str(experiment(group[0]).get(key))[:8]}" for key in differing(same)]
+        more = [f"{key}={short(key, experiment(group[0]).get(key))}" for key in differing(same)]
         style = styles.pop(group[0]["router"], None)  # the first of its router has the fixed one
         if style is None:
             style = [choice[others % len(choice)] for choice in OTHER_STYLES]
             others += 1
         style = dict(zip(("color", "linestyle", "marker"), style), markersize=4)
-        groups.append(Group(", ".join([label, *more]), group, style))
+        groups.append(Group(", ".join([label.lstrip("_") or "run", *more]), group, style))
     return groups, notes
 
 
@@ -662,14 +677,15 @@ def mean_and_spread(seeds: list[dict], key: str) -> str:
 def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
     """rows: (name, metrics of one run or of several seeds) -> Markdown, the paper's numbers last.
     Of several seeds: mean ± sample standard deviation."""
-    measured = [(seeds[0].get("val_sha256"), seeds[0].get("val_tokens")) for _, seeds in rows]
+    measured = [(run.get("val_sha256"), run.get("val_tokens"), run["settings"].get("block_size"))
+                for run in (seeds[0] for _, seeds in rows)]
     marks = list(dict.fromkeys(measured))  # perplexities compare on the same tokens only
     lines = [("run", "router", "seed", "step", *(header for header, _, _ in COLUMNS)),
              ("---",) * (4 + len(COLUMNS))]
     for (name, seeds), tokens in zip(rows, measured):
         step, planned = seeds[0]["step"], seeds[0]["settings"].get("max_iters")
         cells = [name.replace("|", "\\|"), seeds[0]["router"],
-                 ", ".join(str(run["seed"] or "–") for run in seeds),
+                 ", ".join("–" if run["seed"] is None else str(run["seed"]) for run in seeds),
                  f"{step} of {planned}" if planned and step < planned else step or "–"]
         for _, (key, *more), _ in COLUMNS:
             cells.append(mean_and_spread(seeds, key))
@@ -682,7 +698,8 @@ def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
     table = "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
     if len(marks) > 1:
         table += "\n\nPerplexities with different numbers are not comparable: " + ", ".join(
-            f"[{i}] {n} tokens of val.bin {str(sha)[:8]}" for i, (sha, n) in enumerate(marks, 1))
+            f"[{i}] {n} tokens of text {str(sha)[:8]} in windows of {T}"
+            for i, (sha, n, T) in enumerate(marks, 1))
     return table
 
 
@@ -692,9 +709,9 @@ def differing_settings(groups: list[Group]) -> str:
     for key in differing(experiments):
         values = {}  # value -> labels
         for group, settings in zip(groups, experiments):
-            values.setdefault(str(settings.get(key))[:16], []).append(group.label)
+            values.setdefault(short(key, settings.get(key)), []).append(group.label)
         usual, *others = sorted(values, key=lambda value: -len(values[value]))
-        if key != "router":
+        if key != "router" and all(key in settings for settings in experiments):
             parts.append(", ".join(f"{key} {value} ({', '.join(values[value])})"
                                    for value in others) + f", else {usual}")
     return f"Settings that differ: {'; '.join(parts) or 'router and seed alone'}."
@@ -992,6 +1009,8 @@ def draw_experts(fig, groups) -> str | None:
         ax.barh(expert + 0.5, 3, 0.92, color=color)
         ax.text(0.5, expert + 0.5, f"{expert:2}", **font)
         ax.text(4, expert + 0.5, "  ".join(text[:10] for text in texts)[:32], **font)
+    if len({group.runs[0].get("val_sha256") for group in groups}) > 1:
+        return "Each token on the colour of its first expert"
     if all(g.mean("token_information") > 0.5 * g.mean("token_entropy") for g in groups):
         return "Which expert a token goes to follows mostly from the token itself"
     return "The same text under each router, each token on the colour of its first expert"
@@ -1006,8 +1025,10 @@ FIGURES = {  # file: what draws it, its height in inches and that of one group m
 
 def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
     """-> the PNG files, 1350 pixels wide. Raises ImportError without matplotlib."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure  # in place of pyplot: no global state, no display
 
+    rcParams["text.parse_math"] = False  # a $ in a name or a token is a $
     paths = []
     for name, (draw, height, more) in FIGURES.items():
         path = out_dir / f"{name}.png"
@@ -1046,6 +1067,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.tokens is None:
         args.tokens = 4096 if args.hf else 16384
+    if not args.hf and (args.text or args.dtype != "auto"):
+        parser.error("--text and --dtype go with --hf: a run has its own validation text")
     if args.tokens < 1:
         parser.error(f"--tokens must be positive, not {args.tokens}")
     if args.device == "auto":
@@ -1069,7 +1092,7 @@ def read_metrics(path: Path) -> dict[str, dict]:
 
 
 def main(argv: list[str]) -> None:
-    args, runs = parse_args(argv), {}
+    args, runs, left_out = parse_args(argv), {}, []
     sources = [Path(run).expanduser() for run in args.run]
     if not (sources or args.hf):
         sources = sorted(path.parent for path in Path("out").rglob("ckpt.pt"))
@@ -1097,6 +1120,7 @@ def main(argv: list[str]) -> None:
         except torch.OutOfMemoryError:
             notes = [f"{source} is left out: it needs more memory than {args.device} has."]
         except (ValueError, OSError) as error:
+            left_out.append(source.resolve())
             notes = [f"{source} is left out: {' '.join(str(error).split())}"]  # on one line
         for note in notes:
             print(note, file=sys.stderr)
@@ -1104,6 +1128,8 @@ def main(argv: list[str]) -> None:
         raise ValueError("no run is left to analyze.")
 
     path = out_dir / "metrics.json"
+    if path.resolve() in left_out:
+        raise ValueError(f"{path} could not be read and is not replaced; name another --out_dir.")
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(runs) + "\n")
     os.replace(temporary, path)  # a reader sees the old file or the new one

@@ -314,7 +314,7 @@ class SMoETransformer(nn.Module):
                 if top_k is not None:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -torch.inf)
-                if temperature == 0:
+                if temperature < 1e-6:
                     token = logits.argmax(-1, keepdim=True)              # (B, 1)
                 else:
                     token = torch.multinomial((logits / temperature).softmax(-1), 1)

@@ -402,6 +402,11 @@ def cli(main):
     except (ValueError, OSError) as error:
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        print(f"{script}: not enough memory; make the model or the batch smaller.", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"{script}: interrupted.", file=sys.stderr)
         sys.exit(130)

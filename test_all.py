@@ -767,6 +767,15 @@ def test_resume_takes_optimizer_settings_from_the_flags(workdir, monkeypatch):
     assert seen == [[(0.9, (0.5, 0.999)), (0.0, (0.5, 0.999))]]
 
 
+def test_settings_that_resume_changes_are_kept_in_the_history_of_the_checkpoint(workdir):
+    run_train("--out_dir=out/a", "--max_iters=3", "--learning_rate=0.1")
+    train.main(["--out_dir=out/a", "--resume", "--max_iters=6", "--learning_rate=0.001"])
+    assert read_checkpoint("out/a/ckpt.pt")["history"] == [
+        [3, {"max_iters": 3, "learning_rate": 0.1}]]
+    run_train("--out_dir=out/b")
+    assert read_checkpoint("out/b/ckpt.pt")["history"] == []
+
+
 def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(workdir):
     code = """
 import os, signal, sys, torch, train
@@ -859,6 +868,16 @@ def test_overwrite_replaces_the_old_run_only_once_the_new_one_makes_steps(workdi
     assert len(read_log("out/a")) == 7 and read_checkpoint("out/a/ckpt.pt")["step"] == 6
     run_train("--out_dir=out/a", "--overwrite", "--max_iters=2")
     assert len(read_log("out/a")) == 3 and read_checkpoint("out/a/ckpt.pt")["step"] == 2
+
+
+def test_a_log_whose_checkpoint_was_moved_away_and_a_file_called_lock_are_kept(workdir):
+    run_train("--out_dir=out/a")
+    os.rename("out/a/ckpt.pt", "elsewhere.pt")
+    before = Path("out/a/log.jsonl").read_bytes()
+    Path("out/a/lock").write_text("mine")
+    assert run_script("train.py", *TOY, "--out_dir=out/a").returncode == 2
+    run_train("--out_dir=out/a", "--overwrite", "--max_iters=1")
+    assert Path("out/a/lock").read_text() == "mine" and before != Path("out/a/log.jsonl").read_bytes()
 
 
 def test_a_run_that_died_before_its_first_checkpoint_is_simply_begun_again(workdir):
@@ -2321,6 +2340,31 @@ def test_the_lesson_runs_from_top_to_bottom_and_its_numbers_are_what_its_text_sa
     exercises = (ROOT / "docs/exercises.md").read_text()  # 7
     links = re.findall(r"\[exercise (\d), ([^\]]+)\]\(../docs/exercises.md\)", json.dumps(lesson))
     assert len(links) == 3 and all(f"{n}. **{name}**" in exercises for n, name in links)
+
+
+# ---------------------------------------------------------------- no result misleads
+
+def test_runs_on_other_validation_text_or_with_changed_settings_are_never_one_group(
+        workdir, capsys):
+    for seed in (0, 1, 2):
+        run_train(f"--out_dir=out/run-{seed}", f"--seed={seed}", "--max_iters=3")
+    state = torch.load("out/run-1/ckpt.pt", weights_only=True)
+    torch.save(state | {"val_sha256": "another"}, "out/run-1/ckpt.pt")
+    train.main(["--out_dir=out/run-2", "--resume", "--max_iters=4", "--weight_decay=0.5"])
+    os.rename("out/run-0", "out/a$^$b")  # matplotlib would read a formula
+    analyze.main(["out/a$^$b", "out/run-1", "out/run-2", "--tokens=64"])
+    out = capsys.readouterr().out
+    assert "are not comparable" in out and "Mean ± sample" not in out and "| 0 | 3 |" in out
+    assert "history" in out.split("Settings that differ:")[1]
+    with pytest.raises(ValueError, match="data/toy is not the data"):
+        train.main(["--out_dir=out/run-1", "--resume", "--max_iters=9"])
+
+
+def test_a_metrics_json_that_cannot_be_read_is_not_replaced(workdir):
+    run_train("--out_dir=out/a", "--max_iters=1")
+    Path("metrics.json").write_text("{broken")
+    done = run_script("analyze.py", "metrics.json", "out/a", "--tokens=64", "--out_dir=.")
+    assert done.returncode == 2 and Path("metrics.json").read_text() == "{broken"
 
 
 # ---------------------------------------------------------------- the README

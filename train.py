@@ -71,7 +71,7 @@ class TrainConfig(Config):
                      "eval_tokens", "final_eval_tokens", "log_interval", "learning_rate"):
             self.check(0 < getattr(self, name) < math.inf, name, "positive")
         for name in ("warmup_iters", "weight_decay", "grad_clip", "seed"):
-            self.check(0 <= getattr(self, name) < math.inf, name, "0 or more")
+            self.check(0 <= getattr(self, name) < 2**63, name, "0 or more, and below 2**63")
         self.check(0 <= self.min_lr <= self.learning_rate, "min_lr",
                    f"from 0 to learning_rate = {self.learning_rate}")
         self.check(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), "device",
@@ -97,6 +97,9 @@ PRESETS = {
         learning_rate=4e-4, min_lr=4e-5, warmup_iters=2000, compile=True),
 }
 
+# what makes no other experiment; every other setting that --resume changes is kept in the history
+INCIDENTAL = {"out_dir", "device", "dtype", "compile", "resume", "overwrite", "bench",
+              "eval_interval", "eval_tokens", "final_eval_tokens", "log_interval"}
 # what --resume cannot change: the shape of the tensors, what the router means, which batches come
 FIXED = ("config", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_expert", "top_k",
          "d_expert", "router", "score_fn", "dataset", "seed")
@@ -151,7 +154,14 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
     if checkpoint and checkpoint["step"] >= c.max_iters:
         raise ValueError(f"the run in {c.out_dir} has done all its {checkpoint['step']} steps; "
                          "pass a larger --max_iters to go on.")
-    if not (checkpoint or c.overwrite or c.bench) and Path(c.out_dir, "ckpt.pt").exists():
+    if checkpoint:  # [the step until which they held, {name: value}] of all settings changed since
+        changed = {name: value for name, value in checkpoint["config"].items()
+                   if name not in INCIDENTAL and value != getattr(c, name)}
+        checkpoint["history"] = checkpoint.get("history", []) + (
+            [[checkpoint["step"], changed]] if changed else [])
+    saved = any(r["step"] and "val_loss" in r for r in read_log(Path(c.out_dir, "log.jsonl")))
+    holds_run = Path(c.out_dir, "ckpt.pt").exists() or saved  # or its checkpoint was moved away
+    if holds_run and not (checkpoint or c.overwrite or c.bench):
         raise ValueError(f"{c.out_dir} already holds a run; pass --resume to go on with it, "
                          "--overwrite to start anew, or another --out_dir.")
     return c, checkpoint
@@ -285,7 +295,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
 def lock(out_dir: Path):
     """-> an open file that must stay so: while it does, no other run can be in out_dir."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    file = open(out_dir / "lock", "w")
+    file = open(out_dir / "lock", "a")
     with suppress(ImportError):  # Windows has no such lock
         import fcntl
         try:
@@ -376,9 +386,9 @@ def finish(model, data, step: int, metrics: dict, machine: Machine, c: TrainConf
     except ValueError as error:  # a node without network may lack the vocabulary
         print(f"No sample: {error}")
     else:
-        start = torch.from_numpy(data.val[:min(64, c.block_size)].astype("int64"))     # (n)
+        start = torch.from_numpy(data.val[:min(128, c.block_size)].astype("int64"))     # (n)
         with machine.autocast:
-            idx = model.generate(start[None].to(machine.device), 256, temperature=0.5)[0].tolist()
+            idx = model.generate(start[None].to(machine.device), 256, temperature=0.8)[0].tolist()
         rule = "-" * 30
         print(f"{rule} validation text {rule}\n{printable(tokenizer, idx[:len(start)])}\n"
               f"{rule} the model goes on {rule}\n{printable(tokenizer, idx[len(start):])}\n"
@@ -412,7 +422,9 @@ def open_data(c: TrainConfig, machine: Machine):
 
 def restore(checkpoint: dict, model, optimizer, data, c: TrainConfig) -> int:
     """-> the step that the run goes on from. Raises ValueError for other data."""
-    if checkpoint["data_sha256"] != data.meta["sha256"]["train.bin"]:
+    sha256 = data.meta["sha256"]
+    if (checkpoint["data_sha256"], checkpoint.get("val_sha256", sha256["val.bin"])) != (
+            sha256["train.bin"], sha256["val.bin"]):
         raise ValueError(f"data/{c.dataset} is not the data that the run in {c.out_dir} was "
                          "trained on; prepare that again, or name another --out_dir and no "
                          "--resume.")
@@ -547,6 +559,8 @@ def main(argv: list[str]) -> None:
                     step=step, config=asdict(c) | {"resume": False, "overwrite": False},
                     evaluation=evaluation if last else None, rng=torch.get_rng_state(),
                     data_sha256=data.meta["sha256"]["train.bin"],
+                    val_sha256=data.meta["sha256"]["val.bin"],
+                    history=checkpoint["history"] if checkpoint else [],
                     tokenizer=data.meta["tokenizer"]["name"])
         start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
     bar.close()
