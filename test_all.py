@@ -674,10 +674,11 @@ def test_the_log_has_one_object_a_step_and_the_metrics_at_evaluations_from_step_
     assert [r["step"] for r in records] == [0, 1, 2, 3, 4, 5, 6]
     base = {"step", "train_loss", "aux_loss", "lr", "tokens_per_s", "mfu"}
     metrics = {"val_loss", "perplexity", "load_std", "max_violation", "router_similarity",
-               "coupling_spearman"}
+               "coupling_spearman", "val_tokens"}
     assert [r.keys() == base | metrics for r in records] == [True, *[False, False, True] * 2]
     assert records[1].keys() == base and records[1]["aux_loss"] > 0
     assert records[3]["perplexity"] == pytest.approx(math.exp(records[3]["val_loss"]))
+    assert [records[i]["val_tokens"] for i in (0, 3, 6)] == [64, 64, 128]  # the last one is larger
 
 
 def test_the_evaluation_is_the_same_whatever_the_batch_size(workdir):
@@ -774,6 +775,7 @@ def test_settings_that_resume_changes_are_kept_in_the_history_of_the_checkpoint(
         [3, {"max_iters": 3, "learning_rate": 0.1}]]
     run_train("--out_dir=out/b")
     assert read_checkpoint("out/b/ckpt.pt")["history"] == []
+    assert read_checkpoint("out/b/ckpt.pt")["config"]["dtype"] == "float32"  # what auto came to
 
 
 def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(workdir):
@@ -848,6 +850,26 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_lives(wo
     assert os.listdir("out/a") == ["lock"]
     held.close()
     run_train("--out_dir=out/a")
+
+
+def test_what_another_run_did_until_the_lock_was_free_is_seen(workdir, monkeypatch):
+    run_train("--out_dir=out/other", "--max_iters=3")
+    lock = train.lock
+
+    def late(out_dir):  # the other run ends just before the lock is taken
+        if not out_dir.exists():
+            os.rename("out/other", out_dir)
+        return lock(out_dir)
+    monkeypatch.setattr(train, "lock", late)
+    with pytest.raises(ValueError, match="out/a already holds a run"):
+        run_train("--out_dir=out/a")
+    assert read_checkpoint("out/a/ckpt.pt")["step"] == 3
+
+
+def test_a_disk_without_locks_is_no_reason_to_refuse_a_run(workdir, monkeypatch):
+    import fcntl
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(37, "No locks available")))
+    run_train("--out_dir=out/a", "--max_iters=1")
 
 
 def test_a_directory_that_holds_a_run_is_refused_and_kept(workdir):
@@ -1016,6 +1038,7 @@ def test_sigterm_to_torchrun_saves_once_and_the_run_can_go_on(workdir):
     (["--dtype=float16"], "dtype must be auto"),
     (["--device=tpu"], "device must be auto, cpu, cuda or cuda:N"),
     (["--device=cuda:99"], "device cuda:99 is not there"),
+    (["--device=cuda:999"], "device must be auto, cpu, cuda or cuda:N"),
     (["--n_embd=33"], "n_embd must be a multiple of"), (["--top_k=9"], "top_k must be from 1 to"),
     (["--batch_size=0"], "batch_size must be positive"), (["--seed=-1"], "seed must be 0 or more"),
     (["--learning_rate=nan"], "learning_rate must be positive"),
@@ -1035,7 +1058,7 @@ def test_a_bad_flag_gets_one_sentence_and_exit_code_2(flags, words, workdir):
     (["--max_iters=6"], "has done all its 6 steps; pass a larger --max_iters"),
     (["--n_layer=3"], "n_layer = 2"), (["--router=aux"], "router = 'kmeans'"),
     (["--dataset=other"], "dataset = 'toy'"), (["--config=small"], "config = 'tiny'"),
-    (["--seed=2"], "seed = 1")])
+    (["--seed=2"], "seed = 1"), (["--overwrite"], "overwrite must be left out with --resume")])
 def test_resume_refuses_what_would_make_it_another_run(flags, words, workdir):
     run_train("--out_dir=out/a")
     done = run_script("train.py", "--out_dir=out/a", "--resume", *flags)

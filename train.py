@@ -19,7 +19,6 @@ import signal
 import statistics
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +35,8 @@ from prepare_data import (
     Parser, cli, eval_batches, get_batch, get_tokenizer, open_dataset, prepare, printable)
 from routers import update_routers
 
+
+# ---------------------------------------------------------------- settings
 
 @dataclass
 class TrainConfig(Config):
@@ -74,13 +75,14 @@ class TrainConfig(Config):
             self.check(0 <= getattr(self, name) < 2**63, name, "0 or more, and below 2**63")
         self.check(0 <= self.min_lr <= self.learning_rate, "min_lr",
                    f"from 0 to learning_rate = {self.learning_rate}")
-        self.check(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), "device",
+        self.check(re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", self.device), "device",
                    "auto, cpu, cuda or cuda:N")
         self.check(self.dtype in ("auto", "float32", "bfloat16"), "dtype",
                    "auto, float32 or bfloat16")
         # the shape check of grouped_mm under torch.compile takes bfloat16 alone (torch 2.13)
         self.check(not (self.compile and self.dtype == "float32"), "dtype",
                    "bfloat16 with --compile")
+        self.check(not (self.resume and self.overwrite), "overwrite", "left out with --resume")
         self.out_dir = os.path.expanduser(self.out_dir or f"out/{self.router}")
 
 
@@ -98,17 +100,12 @@ PRESETS = {
 }
 
 # what makes no other experiment; every other setting that --resume changes is kept in the history
-INCIDENTAL = {"out_dir", "device", "dtype", "compile", "resume", "overwrite", "bench",
-              "eval_interval", "eval_tokens", "final_eval_tokens", "log_interval"}
+INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "eval_interval",
+              "eval_tokens", "final_eval_tokens", "log_interval"}
+
 # what --resume cannot change: the shape of the tensors, what the router means, which batches come
 FIXED = ("config", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_expert", "top_k",
          "d_expert", "router", "score_fn", "dataset", "seed")
-
-PEAK_BF16 = {  # dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name
-    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
-    "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12,
-    "5090": 210e12, "MI300X": 1307e12,
-}
 
 
 def boolean(text: str) -> bool:
@@ -132,40 +129,48 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
                             metavar=field.type.__name__, **kind)
 
     named, checkpoint = parser.parse_args(argv), None
+    out_dir = Path(named.out_dir or f"out/{named.router}").expanduser()
     if named.resume:
-        out_dir = os.path.expanduser(named.out_dir or f"out/{named.router}")
-        checkpoint = read_checkpoint(Path(out_dir) / "ckpt.pt")
+        checkpoint = read_checkpoint(out_dir / "ckpt.pt")
         unknown = checkpoint["config"].keys() - comments.keys()
         if unknown:
             raise ValueError(f"{out_dir}/ckpt.pt has settings that this train.py does not know "
                              f"({', '.join(sorted(unknown))}); go on with the one that wrote it.")
-        parser.set_defaults(**checkpoint["config"] | {"out_dir": out_dir})
+        parser.set_defaults(**checkpoint["config"] | {"out_dir": str(out_dir)})
     elif named.config in PRESETS:
         parser.set_defaults(**PRESETS[named.config])
     else:
         raise ValueError(f"config must be one of {', '.join(PRESETS)}, not {named.config!r}.")
     c = TrainConfig(**vars(parser.parse_args(argv)))
-    for name in FIXED if checkpoint else ():
-        found = checkpoint["config"].get(name, getattr(c, name))
-        if getattr(c, name) != found:
-            raise ValueError(f"the run in {c.out_dir} was trained with {name} = {found!r} and "
-                             f"cannot go on with {getattr(c, name)!r}; name another --out_dir and "
-                             "no --resume.")
-    if checkpoint and checkpoint["step"] >= c.max_iters:
-        raise ValueError(f"the run in {c.out_dir} has done all its {checkpoint['step']} steps; "
-                         "pass a larger --max_iters to go on.")
-    if checkpoint:  # [the step until which they held, {name: value}] of all settings changed since
-        changed = {name: value for name, value in checkpoint["config"].items()
-                   if name not in INCIDENTAL and value != getattr(c, name)}
-        checkpoint["history"] = checkpoint.get("history", []) + (
-            [[checkpoint["step"], changed]] if changed else [])
-    saved = any(r["step"] and "val_loss" in r for r in read_log(Path(c.out_dir, "log.jsonl")))
-    holds_run = Path(c.out_dir, "ckpt.pt").exists() or saved  # or its checkpoint was moved away
-    if holds_run and not (checkpoint or c.overwrite or c.bench):
-        raise ValueError(f"{c.out_dir} already holds a run; pass --resume to go on with it, "
-                         "--overwrite to start anew, or another --out_dir.")
+    if checkpoint:
+        note_changes(checkpoint, c)
+    elif not (c.overwrite or c.bench):
+        records = read_log(out_dir / "log.jsonl")  # its checkpoint may have been moved away
+        if (out_dir / "ckpt.pt").exists() or any(r["step"] and "val_loss" in r for r in records):
+            raise ValueError(f"{out_dir} already holds a run; pass --resume to go on with it, "
+                             "--overwrite to start anew, or another --out_dir.")
     return c, checkpoint
 
+
+def note_changes(checkpoint: dict, c: TrainConfig) -> None:
+    """Adds to the checkpoint's history what --resume changes: [the step until which it held, {name:
+    value}]. Raises ValueError where the run would not be the same any more."""
+    old, step = checkpoint["config"], checkpoint["step"]
+    changed = {name: value for name, value in old.items()
+               if name not in INCIDENTAL and value != getattr(c, name)}
+    for name in FIXED:
+        if name in changed:
+            raise ValueError(f"the run in {c.out_dir} was trained with {name} = {old[name]!r} and "
+                             f"cannot go on with {getattr(c, name)!r}; name another --out_dir and "
+                             "no --resume.")
+    if step >= c.max_iters:
+        raise ValueError(f"the run in {c.out_dir} has done all its {step} steps; pass a larger "
+                         "--max_iters to go on.")
+    history = checkpoint.get("history", [])
+    checkpoint["history"] = history + ([[step, changed]] if changed else [])
+
+
+# ---------------------------------------------------------------- the machine
 
 class Machine(NamedTuple):
     device: torch.device
@@ -233,6 +238,8 @@ def distributed(model: torch.nn.Module):
     return DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=200)
 
 
+# ---------------------------------------------------------------- a step, an evaluation
+
 def make_optimizer(model: SMoETransformer, c: TrainConfig) -> torch.optim.AdamW:
     """AdamW in one fused kernel, on the CPU too; weight decay on matrices alone."""
     groups = [
@@ -292,22 +299,75 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     return metrics, {"val_loss": val_loss, "tokens": int(sums[1]), "load": loads}
 
 
+# ---------------------------------------------------------------- the files of a run
+
 def lock(out_dir: Path):
     """-> an open file that must stay so: while it does, no other run can be in out_dir."""
     out_dir.mkdir(parents=True, exist_ok=True)
     file = open(out_dir / "lock", "a")
-    with suppress(ImportError):  # Windows has no such lock
+    try:
         import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however
-        except OSError:
-            raise ValueError(f"another run is in {out_dir} right now; wait for its end, or name "
-                             "another --out_dir.") from None
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however
+    except BlockingIOError:
+        raise ValueError(f"another run is in {out_dir} right now; wait for its end, or name "
+                         "another --out_dir.") from None
+    except (ImportError, OSError):
+        pass  # Windows and some network disks have no such lock
     return file
 
 
-def save_checkpoint(path: Path, **state) -> None:
-    """Writes beside `path`, then renames: whatever happens, what lies at `path` is whole."""
+def open_data(c: TrainConfig, machine: Machine):
+    """The two corpora that every machine has prepare themselves."""
+    folder = Path("data", c.dataset)
+    if c.dataset in ("stdlib", "python") and not folder.exists() and machine.rank == 0:
+        prepare(c.dataset)
+    if machine.world_size > 1:
+        dist.barrier()
+    return open_dataset(folder, c.block_size, c.vocab_size)
+
+
+def restore(checkpoint: dict, model, optimizer, data, c: TrainConfig) -> int:
+    """-> the step that the run goes on from. Raises ValueError for other data."""
+    sha256 = data.meta["sha256"]
+    if (checkpoint["data_sha256"], checkpoint.get("val_sha256", sha256["val.bin"])) != (
+            sha256["train.bin"], sha256["val.bin"]):
+        raise ValueError(f"data/{c.dataset} is not the data that the run in {c.out_dir} was "
+                         "trained on; prepare that again, or name another --out_dir and no "
+                         "--resume.")
+    moments = {"state": checkpoint["optimizer"].get("state")}  # betas, weight decay: the flags'
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(optimizer.state_dict() | moments)
+        torch.set_rng_state(checkpoint["rng"])
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{c.out_dir}/ckpt.pt does not fit this model ({reason}); go on with the "
+                         "train.py that wrote it, or train again.") from None
+    return checkpoint["step"]
+
+
+def write_log(path: Path, records: list[dict], anew: bool) -> None:
+    """Appends a line a record, or replaces the file: a reader sees the old or the new one."""
+    target = path.with_suffix(".tmp") if anew else path
+    try:
+        with open(target, "w" if anew else "a") as log:
+            log.writelines(json.dumps(record) + "\n" for record in records)
+        os.replace(target, path)
+    except OSError as error:  # of a full disk, Python names no file
+        raise OSError(f"{path} could not be written ({error.strerror}).") from error
+
+
+def save_checkpoint(path: Path, model, optimizer, step: int, evaluation: dict | None, data,
+                    machine: Machine, history: list, c: TrainConfig) -> None:
+    """Writes beside `path`, then renames: whatever happens, what lies at `path` is whole.
+    `evaluation`: the last one of a run that has done all its steps."""
+    config = asdict(c) | {"dtype": str(machine.dtype).removeprefix("torch."),  # what auto came to
+                          "resume": False, "overwrite": False}
+    state = dict(
+        model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, config=config,
+        evaluation=evaluation, rng=torch.get_rng_state(), history=history,
+        data_sha256=data.meta["sha256"]["train.bin"], val_sha256=data.meta["sha256"]["val.bin"],
+        tokenizer=data.meta["tokenizer"]["name"])
     temporary = path.with_suffix(".tmp")
     try:
         torch.save(state, temporary)
@@ -315,8 +375,29 @@ def save_checkpoint(path: Path, **state) -> None:
     except (OSError, RuntimeError) as error:  # torch's writer calls a full disk a RuntimeError
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or "no room on the disk?"
-        raise OSError(f"step {state['step']} could not be saved to {path} ({reason}), which still "
-                      "holds the last good checkpoint, if any.") from error
+        raise OSError(f"step {step} could not be saved to {path} ({reason}), which still holds the "
+                      "last good checkpoint, if any.") from error
+
+
+def check_finite(record: dict, model, checkpoint_path: Path) -> None:
+    """Ends a run that has diverged before it saves anything. A loss can still be fine when the step
+    that it led to has ruined the weights."""
+    losses = [record[key] for key in ("train_loss", "val_loss") if key in record]
+    weights = all(p.isfinite().all() for p in model.parameters())
+    if not (weights and all(map(math.isfinite, losses))):
+        good = (f"the last good checkpoint is {checkpoint_path}" if checkpoint_path.exists()
+                else "there is no checkpoint yet")
+        raise SystemExit(f"train.py: loss or weights are not finite at step {record['step']}; "
+                         f"{good}. Try a lower --learning_rate or a longer --warmup_iters.")
+
+
+# ---------------------------------------------------------------- speed
+
+PEAK_BF16 = {  # dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name
+    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
+    "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12,
+    "5090": 210e12, "MI300X": 1307e12,
+}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -375,6 +456,24 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
           f"peak memory {memory:.1f} GiB")
 
 
+# ---------------------------------------------------------------- a run
+
+def stop_requests() -> list[int]:
+    """-> a list that SIGINT and SIGTERM fill: the first asks to stop after the step, a second one
+    stops at once."""
+    signals = []
+
+    def request_stop(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this step; once more stops at once, without saving",
+              file=sys.stderr)
+
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
+    return signals
+
+
 def finish(model, data, step: int, metrics: dict, machine: Machine, c: TrainConfig) -> None:
     """What the user sees last: a sample that goes on with validation text, and three lines."""
     if step < c.max_iters:
@@ -410,77 +509,8 @@ def command(script: str, *flags: str) -> str:
     return f'python -c "import {mine}, {script}; {script}.main({list(flags)})"'
 
 
-def open_data(c: TrainConfig, machine: Machine):
-    """The two corpora that every machine has prepare themselves."""
-    folder = Path("data", c.dataset)
-    if c.dataset in ("stdlib", "python") and not folder.exists() and machine.rank == 0:
-        prepare(c.dataset)
-    if machine.world_size > 1:
-        dist.barrier()
-    return open_dataset(folder, c.block_size, c.vocab_size)
-
-
-def restore(checkpoint: dict, model, optimizer, data, c: TrainConfig) -> int:
-    """-> the step that the run goes on from. Raises ValueError for other data."""
-    sha256 = data.meta["sha256"]
-    if (checkpoint["data_sha256"], checkpoint.get("val_sha256", sha256["val.bin"])) != (
-            sha256["train.bin"], sha256["val.bin"]):
-        raise ValueError(f"data/{c.dataset} is not the data that the run in {c.out_dir} was "
-                         "trained on; prepare that again, or name another --out_dir and no "
-                         "--resume.")
-    moments = {"state": checkpoint["optimizer"].get("state")}  # betas, weight decay: the flags'
-    try:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(optimizer.state_dict() | moments)
-        torch.set_rng_state(checkpoint["rng"])
-    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{c.out_dir}/ckpt.pt does not fit this model ({reason}); go on with the "
-                         "train.py that wrote it, or train again.") from None
-    return checkpoint["step"]
-
-
-def stop_requests() -> list[int]:
-    """-> a list that SIGINT and SIGTERM fill: the first asks to stop after the step, a second one
-    stops at once."""
-    signals = []
-
-    def request_stop(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this step; once more stops at once, without saving",
-              file=sys.stderr)
-
-    signal.signal(signal.SIGINT, request_stop)
-    signal.signal(signal.SIGTERM, request_stop)
-    return signals
-
-
-def check_finite(record: dict, model, checkpoint_path: Path) -> None:
-    """Ends a run that has diverged before it saves anything. A loss can still be fine when the step
-    that it led to has ruined the weights."""
-    losses = [record[key] for key in ("train_loss", "val_loss") if key in record]
-    weights = all(p.isfinite().all() for p in model.parameters())
-    if not (weights and all(map(math.isfinite, losses))):
-        good = (f"the last good checkpoint is {checkpoint_path}" if checkpoint_path.exists()
-                else "there is no checkpoint yet")
-        raise SystemExit(f"train.py: loss or weights are not finite at step {record['step']}; "
-                         f"{good}. Try a lower --learning_rate or a longer --warmup_iters.")
-
-
-def write_log(path: Path, records: list[dict], anew: bool) -> None:
-    """Appends a line a record, or replaces the file: a reader sees the old or the new one."""
-    target = path.with_suffix(".tmp") if anew else path
-    try:
-        with open(target, "w" if anew else "a") as log:
-            log.writelines(json.dumps(record) + "\n" for record in records)
-        os.replace(target, path)
-    except OSError as error:  # of a full disk, Python names no file
-        raise OSError(f"{path} could not be written ({error.strerror}).") from error
-
-
 def main(argv: list[str]) -> None:
-    c, checkpoint = parse_args(argv)
+    c, _ = parse_args(argv)
     if c.bench:
         return bench(c)
     machine = set_up(c)
@@ -488,11 +518,13 @@ def main(argv: list[str]) -> None:
     master, out_dir = rank == 0, Path(c.out_dir)
     log_path, checkpoint_path = out_dir / "log.jsonl", out_dir / "ckpt.pt"
     held = lock(out_dir) if master else None  # until the process ends
+    c, checkpoint = parse_args(argv)  # again: until the lock, another run may have been there
     data = open_data(c, machine)
     torch.manual_seed(c.seed)  # the same weights on every rank
     raw_model = SMoETransformer(c).to(device)
     optimizer = make_optimizer(raw_model, c)
     step = restore(checkpoint, raw_model, optimizer, data, c) if checkpoint else 0
+    history = checkpoint["history"] if checkpoint else []
     model = compiled(raw_model) if c.compile else raw_model
     model = distributed(model) if world_size > 1 else model
 
@@ -507,9 +539,9 @@ def main(argv: list[str]) -> None:
     if checkpoint:  # the log forgets what came after the checkpoint
         records = [record for record in read_log(log_path) if record["step"] <= step]
     else:
-        metrics, _ = evaluate(raw_model, data, c.eval_tokens, machine, c)
-        records = [dict.fromkeys(("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu"))
-                   | {"step": 0} | metrics]
+        metrics, evaluation = evaluate(raw_model, data, c.eval_tokens, machine, c)
+        nothing = dict.fromkeys(("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu"))
+        records = [{"step": 0} | nothing | metrics | {"val_tokens": evaluation["tokens"]}]
     signals, stop, first = stop_requests(), False, True
     start, start_step = time.perf_counter(), step
     bar = tqdm(total=c.max_iters, initial=step, unit="step", disable=None if master else True)
@@ -542,7 +574,7 @@ def main(argv: list[str]) -> None:
             # the model that is not compiled: evaluation is rare, and need not compile again
             n_tokens = c.final_eval_tokens if last else c.eval_tokens
             metrics, evaluation = evaluate(raw_model, data, n_tokens, machine, c)
-            record |= metrics
+            record |= metrics | {"val_tokens": evaluation["tokens"]}
         check_finite(record, raw_model, checkpoint_path)
 
         # save: the log at each measurement, a checkpoint at each evaluation
@@ -554,14 +586,8 @@ def main(argv: list[str]) -> None:
             if evaluating:
                 tqdm.write(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
             if evaluating or stop:
-                save_checkpoint(
-                    checkpoint_path, model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
-                    step=step, config=asdict(c) | {"resume": False, "overwrite": False},
-                    evaluation=evaluation if last else None, rng=torch.get_rng_state(),
-                    data_sha256=data.meta["sha256"]["train.bin"],
-                    val_sha256=data.meta["sha256"]["val.bin"],
-                    history=checkpoint["history"] if checkpoint else [],
-                    tokenizer=data.meta["tokenizer"]["name"])
+                save_checkpoint(checkpoint_path, raw_model, optimizer, step,
+                                evaluation if last else None, data, machine, history, c)
         start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
     bar.close()
     if master:
