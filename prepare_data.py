@@ -286,6 +286,7 @@ def open_dataset(folder, block_size, vocab_size):
         train, val = (np.memmap(folder / f"{s}.bin", dtype, mode="r") for s in ("train", "val"))
         if (len(train), len(val)) != (meta["n_train"], meta["n_val"]):
             raise ValueError(f"{len(train)} train and {len(val)} val tokens, unlike meta.json")
+        meta["tokenizer"]["name"], meta["sha256"]["train.bin"]  # what a run notes of its data
     except (OSError, ValueError, KeyError, TypeError) as error:
         delete = "delete that folder and " if (folder / "meta.json").exists() else ""
         source = "" if folder.name in DATASETS else "<text file or folder> --name="
