@@ -18,7 +18,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-import urllib.request
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -1287,15 +1286,15 @@ def test_stdlib_is_the_source_of_the_standard_library_without_its_tests(monkeypa
 
 def test_meta_json_describes_the_token_files_and_all_three_are_the_same_every_time(
         tmp_path, corpus):
-    files = {name: (corpus / name).read_bytes() for name in prepare_data.FILES}
+    files = {path.name: path.read_bytes() for path in corpus.iterdir()}
     meta = json.loads(files["meta.json"])
     assert meta["dataset"] == str(tmp_path / "texts") and meta["tokenizer"]["name"] == "bytes"
     assert (meta["vocab_size"], meta["dtype"]) == (257, "uint16")
     for split in ("train", "val"):
         assert meta[f"n_{split}"] == len(files[f"{split}.bin"]) // 2
         assert meta["sha256"][f"{split}.bin"] == hashlib.sha256(files[f"{split}.bin"]).hexdigest()
-    prepare(tmp_path / "texts", val_fraction=0.1, data_root=tmp_path / "data")
-    assert files == {name: (corpus / name).read_bytes() for name in prepare_data.FILES}
+    again = prepare(tmp_path / "texts", val_fraction=0.1, data_root=tmp_path / "again")
+    assert files == {path.name: path.read_bytes() for path in again.iterdir()}
 
 
 def test_a_vocabulary_above_65536_is_stored_as_uint32(tmp_path, monkeypatch):
@@ -1314,52 +1313,55 @@ def test_max_tokens_bounds_both_splits_together(tmp_path, texts):
 # ---------------------------------------------------------------- data: nothing is lost
 
 @pytest.mark.parametrize("failure", ["full disk", signal.SIGINT, signal.SIGTERM])
-def test_a_full_disk_or_an_interrupt_leaves_the_old_data_set_alone(
-        tmp_path, corpus, monkeypatch, failure):
+def test_a_full_disk_or_an_interrupt_leaves_no_half_of_a_data_set(tmp_path, monkeypatch, failure):
     def fail(enc, text):
         if failure == "full disk":
             raise OSError(28, "No space left on device")
         signal.raise_signal(failure)
-    before = (corpus / "train.bin").read_bytes()
+    write_folder(tmp_path / "texts", many(60))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare_data, "encode", fail)
-    with pytest.raises((ValueError, KeyboardInterrupt), match="data/texts .* No space left|^$"):
+    with pytest.raises((OSError, KeyboardInterrupt), match="No space left|^$"):
         prepare_data.main(["--dataset=texts"])
-    assert os.listdir("data") == ["texts"] and (corpus / "train.bin").read_bytes() == before
+    assert os.listdir("data") == []
 
 
-def test_kill_9_leaves_the_old_data_set_whole(tmp_path, corpus):
+def test_after_kill_9_the_next_command_says_what_to_delete(tmp_path):
+    write_folder(tmp_path / "texts", many(60))
     code = "import os, prepare_data as p; p.encode = lambda *_: os.kill(os.getpid(), 9); p.prepare"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = python("-c", f"{code}('texts')", cwd=tmp_path, env=env)
     assert done.returncode == -signal.SIGKILL
-    assert len(open_dataset(corpus, 8, 320).train) > 0
-    assert sorted(os.listdir(tmp_path / "data")) == [".texts.tmp", "texts"]
+    assert os.listdir(tmp_path / "data") == [".texts.tmp"]
+    assert "delete that folder" in fails(tmp_path / "texts", data_root=tmp_path / "data")
 
 
-def test_two_commands_at_once_do_not_mix_their_files(tmp_path, corpus, monkeypatch):
+def test_two_commands_at_once_do_not_mix_their_files(tmp_path, monkeypatch):
     def meanwhile(enc, text):
-        assert "another process is preparing" in fails(*again, data_root=tmp_path / "data")
+        assert "another process is preparing" in fails(texts, data_root=tmp_path / "data")
         return encode(enc, text)
-    again = tmp_path / "texts", "bytes", 0.3
+    texts = write_folder(tmp_path / "texts", many(60))
     monkeypatch.setattr(prepare_data, "encode", meanwhile)
-    prepare(*again, data_root=tmp_path / "data")
-    assert len(documents(corpus, "val")) > 10 and os.listdir(tmp_path / "data") == ["texts"]
+    out = prepare(texts, data_root=tmp_path / "data", val_fraction=0.1)
+    assert documents(out, "val") and os.listdir(tmp_path / "data") == ["texts"]
 
 
-@pytest.mark.parametrize("one, two", [("./corpus.v1", "./corpus.v2"), ("a/corpus", "b/corpus")])
-def test_only_a_data_set_of_the_same_source_is_replaced(tmp_path, monkeypatch, one, two):
-    write_folder(tmp_path, {one: "line 1\n" * 100, two: "line 2\n" * 100})
-    monkeypatch.chdir((tmp_path / one).parent)  # so that a/corpus and b/corpus are both `corpus`
-    out = prepare(Path(one).name, data_root=tmp_path / "data")
-    monkeypatch.chdir((tmp_path / two).parent)
-    sentence = fails(Path(two).name, data_root=tmp_path / "data")
-    assert all(str(part) in sentence for part in (Path(one), Path(two), "pass another --name"))
-    assert documents(out, "train") == ["line 1\n" * 95]
-    prepare(Path(two).name, name="two", data_root=tmp_path / "data")
-    prepare(tmp_path / one, val_fraction=0.5, data_root=tmp_path / "data")
-    assert documents(out, "train") == ["line 1\n" * 50]
+@pytest.mark.parametrize("flags", [{}, {"val_fraction": 0.3}, {"glob": "0*"}, {"max_tokens": 99}])
+def test_a_data_set_is_never_replaced_and_the_sentence_says_what_it_was_made_from(
+        tmp_path, corpus, flags):
+    before = {path.name: path.read_bytes() for path in corpus.iterdir()}
+    sentence = fails(tmp_path / "texts", data_root=tmp_path / "data", **flags)
+    assert f"made from {tmp_path}/texts; delete it" in sentence and "another --name" in sentence
+    assert before == {path.name: path.read_bytes() for path in corpus.iterdir()}
+    assert prepare(tmp_path / "texts", name="two", data_root=tmp_path / "data").name == "two"
+
+
+def test_a_folder_of_the_user_is_neither_replaced_nor_to_be_deleted(tmp_path):
+    texts = write_folder(tmp_path / "data" / "texts", many(60))  # where the token files would go
+    sentence = fails(texts, data_root=tmp_path / "data")
+    assert "is no data set; move it away" in sentence and "delete" not in sentence
+    assert len(os.listdir(texts)) == 60
 
 
 def test_the_names_of_built_in_data_sets_are_theirs_alone(tmp_path):
@@ -1368,40 +1370,26 @@ def test_the_names_of_built_in_data_sets_are_theirs_alone(tmp_path):
     assert "another --name" in fails("stdlib", name="python", data_root=tmp_path)
 
 
-def test_a_folder_that_holds_something_of_the_user_is_never_replaced(tmp_path):
-    texts = write_folder(tmp_path / "data" / "texts", many(60))  # where the token files would go
-    assert "another --name" in fails(texts, data_root=tmp_path / "data")
-    out = prepare(texts, name="t", val_fraction=0.1, data_root=tmp_path / "data")
-    (out / "notes.txt").write_text("mine")
-    assert "another --name" in fails(texts, name="t", data_root=tmp_path / "data")
-    assert len(os.listdir(texts)) == 60 and (out / "notes.txt").exists()
-
-
 # ---------------------------------------------------------------- data: downloads and streams
 
-def test_a_download_is_checked_and_retried_and_then_kept(tmp_path, monkeypatch):
+def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
     text = b"To be, or not to be\n" * 50
     replies = [OSError("no route"), io.BytesIO(b"404 page"), io.BytesIO(text)]  # and no fourth
-    monkeypatch.setattr(urllib.request, "urlopen", mock.Mock(side_effect=replies))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setitem(prepare_data.DOWNLOADS, "shakespeare",
-                        ("https://host/input.txt", "s.txt", hashlib.sha256(text).hexdigest()))
-    out = prepare("shakespeare", data_root=tmp_path)
-    assert documents(out, "train") == ["To be, or not to be\n" * 48]
-    prepare("shakespeare", val_fraction=0.1, data_root=tmp_path)
-    assert documents(out, "train") == ["To be, or not to be\n" * 45]
-    assert sorted(os.listdir(tmp_path)) == ["s.txt", "shakespeare"]
+    monkeypatch.setattr(prepare_data, "urlopen", mock.Mock(side_effect=replies))
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    for problem in ("no route", "another SHA-256"):
+        sentence = fails("shakespeare", data_root=tmp_path)
+        assert problem in sentence and f"{tmp_path}/tinyshakespeare.txt is not" in sentence
+    for name in ("shakespeare", "again"):
+        out = prepare("shakespeare", name=name, data_root=tmp_path)
+        assert documents(out, "train") == ["To be, or not to be\n" * 48]
+    assert sorted(os.listdir(tmp_path)) == ["again", "shakespeare", "tinyshakespeare.txt"]
 
 
-def test_a_failed_download_says_where_to_put_the_file_and_overwrites_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(urllib.request, "urlopen", mock.Mock(side_effect=OSError("no route")))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    url, name, _ = prepare_data.DOWNLOADS["shakespeare"]
-    sentence = fails("shakespeare", data_root=tmp_path)
-    assert all(part in sentence for part in (url, f"{tmp_path}/{name}", "no route"))
-    (tmp_path / name).write_text("my own file")
+def test_another_file_in_the_place_of_a_download_is_refused_and_not_overwritten(tmp_path):
+    (tmp_path / "tinyshakespeare.txt").write_text("my own file")
     assert "another SHA-256" in fails("shakespeare", data_root=tmp_path)
-    assert (tmp_path / name).read_text() == "my own file"
+    assert (tmp_path / "tinyshakespeare.txt").read_text() == "my own file"
 
 
 def test_fineweb_edu_is_streamed_and_stops_at_max_tokens(tmp_path, monkeypatch):
@@ -1413,7 +1401,7 @@ def test_fineweb_edu_is_streamed_and_stops_at_max_tokens(tmp_path, monkeypatch):
     out = prepare("fineweb-edu", max_tokens=2000, val_fraction=0.1, data_root=tmp_path)
     assert documents(out, "val") and len(open_dataset(out, 8, 320).train) == 1800
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-    assert "pip install datasets" in fails("fineweb-edu", data_root=tmp_path)
+    assert "pip install datasets" in fails("fineweb-edu", name="two", data_root=tmp_path)
 
 
 # ---------------------------------------------------------------- data: the command
@@ -1424,16 +1412,16 @@ def test_the_command_prepares_a_data_set_and_says_so_in_one_line(tmp_path, monke
     done = run_script("prepare_data.py", "--dataset=~/notes", "--val_fraction=0.1", "--glob=*.txt",
                       "--name=mine", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.count("\n") == 1 and done.stderr == ""
-    assert done.stdout.startswith("data/mine: 60 documents")
-    assert open_dataset("~/data/mine", 8, 257).meta["dataset"] == str(tmp_path / "notes")
+    assert done.stdout.startswith("data/mine: ") and "60 documents" in done.stdout
+    assert open_dataset(tmp_path / "data/mine", 8, 257).meta["dataset"] == str(tmp_path / "notes")
 
 
 @pytest.mark.parametrize("flags, part", [
     ("--dataset=nowhere", "'nowhere'"), ("--dataset=", "''"),
-    ("--tokenizer=gpt5", "choose bytes, gpt2"),
+    ("--tokenizer=gpt5", "'gpt5' could not be loaded"),
     ("--val_fraction=nan", "not nan"), ("--val_fraction=half", "invalid float"),
     ("--max_tokens=1", "not 1"), ("--data=stdlib", "--help"), ("--glob=*.md", "not a folder"),
-    ("--name=../x", "'../x'"), ("--name=.x", "'.x'")])
+    ("--name=../x", "'../x'")])
 def test_a_bad_flag_gets_one_sentence_on_stderr_and_exit_code_2(tmp_path, flags, part):
     done = run_script("prepare_data.py", *flags.split(), cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
@@ -1442,7 +1430,7 @@ def test_a_bad_flag_gets_one_sentence_on_stderr_and_exit_code_2(tmp_path, flags,
 
 @pytest.mark.parametrize("texts, part", [
     ({"a": "x"}, "too small to split"), ({"a": b"ok\n" * 50 + b"\xc3"}, "as UTF-8"),
-    ({"a": ""}, "holds no text"), ({"a": b"\xff", "b": b"\xfe"}, "2 broken files"),
+    ({"a": ""}, "of 0 documents"), ({"a": b"\xff", "b": b"\xfe"}, "2 broken"),
     ({"a": "a", "b": "b"}, "too small to split")])
 def test_texts_that_make_no_two_splits_are_refused(tmp_path, texts, part):
     write_folder(tmp_path / "texts", texts)
@@ -1468,16 +1456,17 @@ def edit_meta(folder, **changes):
     (lambda d: edit_meta(d, sha256={}), "train.bin")])
 def test_a_damaged_data_set_is_refused_with_the_command_that_makes_it_anew(corpus, damage, part):
     damage(corpus)
-    with pytest.raises(ValueError, match=f"{part}.* run python prepare_data.py .*--name=texts.$"):
+    with pytest.raises(ValueError, match=f"{part}.* run python prepare_data.py .*--name=texts.$") as error:
         open_dataset(corpus, 8, 320)
+    assert ("delete that folder and run" in str(error.value)) == (corpus / "meta.json").exists()
 
 
 def test_a_data_set_that_does_not_fit_the_model_is_refused_with_the_sizes_that_do(corpus):
     n = json.loads((corpus / "meta.json").read_text())["n_val"]
     assert len(open_dataset(corpus, n - 1, 257).val) == n
-    with pytest.raises(ValueError, match=f"block_size must be at most {n - 1}; it is {n}"):
+    with pytest.raises(ValueError, match=f"block_size must be at most {n - 1} for .* it is {n}"):
         open_dataset(corpus, n, 257)
-    with pytest.raises(ValueError, match="vocab_size must be at least 257, such as 320; it is 256"):
+    with pytest.raises(ValueError, match="vocab_size must be at least 257 .* 320; it is 256"):
         open_dataset(corpus, 8, 256)
 
 
