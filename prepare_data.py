@@ -234,6 +234,9 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
             raise ValueError(f"{dataset} is too small to split: it makes {summary}; give more "
                              "text, or join it into one file.")
         tmp.rename(target)
+    except OSError as error:
+        raise OSError(f"{target} could not be written ({error}): make room on the disk or correct "
+                      "the permissions, and try again.") from error
     finally:  # after an interrupt as well
         shutil.rmtree(tmp, ignore_errors=True)
     print(f"{target}: {summary}; vocabulary {enc.n_vocab:,} ({tokenizer})")
@@ -286,7 +289,8 @@ def open_dataset(folder, block_size, vocab_size):
         train, val = (np.memmap(folder / f"{s}.bin", dtype, mode="r") for s in ("train", "val"))
         if (len(train), len(val)) != (meta["n_train"], meta["n_val"]):
             raise ValueError(f"{len(train)} train and {len(val)} val tokens, unlike meta.json")
-        meta["tokenizer"]["name"], meta["sha256"]["train.bin"]  # what a run notes of its data
+        # what a run notes of its data
+        meta["tokenizer"]["name"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         delete = "delete that folder and " if (folder / "meta.json").exists() else ""
         source = "" if folder.name in DATASETS else "<text file or folder> --name="
