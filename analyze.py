@@ -632,12 +632,14 @@ def experiment(run: dict) -> dict:
             if key not in AVERAGED_OVER | ignored} | {"step": run["step"]}
 
 
-def differing(experiments: list[dict]) -> dict[str, list[str]]:
-    """{setting: its value in each of them} where those that have it do not agree; "" for none."""
-    keys = dict.fromkeys(key for settings in experiments for key in settings)
-    found = {key: [str(s[key])[:8 if key.endswith("sha256") else None] if key in s else ""
-                   for s in experiments] for key in keys}
-    return {key: values for key, values in found.items() if len({*values} - {""}) > 1}
+def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
+    """{setting: {value: labels of the groups that have it}} where it has several values."""
+    found = {}
+    for group in groups:
+        for key, value in experiment(group.runs[0]).items():
+            value = str(value)[:8] if key.endswith("sha256") else str(value)
+            found.setdefault(key, {}).setdefault(value, []).append(group.label)
+    return {key: labels for key, labels in found.items() if len(labels) > 1}
 
 
 def group_runs(runs: dict[str, dict]) -> tuple[list[Group], list[str]]:
@@ -699,14 +701,10 @@ def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
 def differing_settings(groups: list[Group]) -> str:
     """One line that names every setting in which the groups differ, but for the router."""
     parts = []
-    for key, values in differing([experiment(group.runs[0]) for group in groups]).items():
-        names = {}  # value -> labels
-        for group, value in zip(groups, values):
-            names.setdefault(value, []).append(group.label)
-        names.pop("", None)
-        usual, *others = sorted(names, key=lambda value: -len(names[value]))
+    for key, labels in differing(groups).items():
+        usual, *others = sorted(labels, key=lambda value: -len(labels[value]))
         if key != "router":
-            parts.append(", ".join(f"{key} {value} ({', '.join(names[value])})"
+            parts.append(", ".join(f"{key} {value} ({', '.join(labels[value])})"
                                    for value in others) + f", else {usual}")
     return f"Settings that differ: {'; '.join(parts) or 'router and seed alone'}."
 
@@ -718,7 +716,7 @@ def paired_differences(groups: list[Group]) -> list[str]:
     for b, a in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in a.runs for y in b.runs
                  if x["seed"] == y["seed"]]
-        if len(pairs) > 1 and [*differing([experiment(g.runs[0]) for g in (a, b)])] in (
+        if len(pairs) > 1 and [*differing([a, b])] in (
                 ["router"], ["z_loss_coef"], ["score_fn"]):
             percent = [100 * (x / y - 1) for x, y in pairs]
             error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
@@ -734,8 +732,12 @@ def paired_differences(groups: list[Group]) -> list[str]:
 CHANCE = dict(color="0.35", linestyle=(0, (1, 1)), linewidth=1.5)
 
 
-def draw_line(ax, group: Group, x, values: np.ndarray) -> None:
-    """values (seeds, points): their mean, and a band from the lowest seed to the highest."""
+def draw_line(ax, group: Group, values: np.ndarray, x=None) -> None:
+    """values (seeds, points) at x (points), or 1, 2, ...: their mean, and a band from the lowest
+    seed to the highest."""
+    if x is None:
+        x = range(1, values.shape[1] + 1)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     ax.plot(x, values.mean(0), label=group.label, **group.style)
     ax.fill_between(x, values.min(0), values.max(0), color=group.style["color"], alpha=0.2, lw=0)
 
@@ -755,7 +757,7 @@ def draw_curves(ax, group: Group, curves: list[dict]) -> None:
     tokens = math.prod(group.runs[0]["settings"][key] for key in (
         "batch_size", "gradient_accumulation_steps", "block_size"))
     values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
-    draw_line(ax, group, np.array(steps) * tokens / 1e6, values)
+    draw_line(ax, group, values, np.array(steps) * tokens / 1e6)
     ax.set_xlabel("training tokens (millions)")
 
 
@@ -780,7 +782,7 @@ def plain_log(ax, which: str) -> None:
         return  # a single expert has no spread
     ax.set(**{f"{which}scale": "log"})
     axis = getattr(ax, f"{which}axis")
-    axis.get_major_locator().set_params(subs=(1, 3))
+    axis.get_major_locator().set_params(subs=(1, 2, 5) if which == "y" else (1, 3))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
 
@@ -792,12 +794,10 @@ def add_legend(fig, ax) -> None:
 def draw_coupling(fig, groups) -> str:
     ax = fig.subplots()
     for group in groups:
-        values = group.values("coupling_by_rank")                        # (seeds, E)
-        draw_line(ax, group, range(1, values.shape[1] + 1), values)
+        draw_line(ax, group, group.values("coupling_by_rank"))
     ax.axhline(1, **CHANCE, label="no coupling")
     ax.set(xlabel="rank that the router gives the expert (1: highest score)",
            ylabel="||W_gate x||, the norm of the gate's\npre-activation (1: mean over tokens)")
-    ax.xaxis.get_major_locator().set_params(integer=True)
     add_legend(fig, ax)
     if all(group.mean("coupling_by_rank").argmax() == 0 for group in groups):
         return "Experts react most to the tokens their router ranks first"
@@ -807,12 +807,9 @@ def draw_coupling(fig, groups) -> str:
 def draw_load(fig, groups) -> str:
     left, right = fig.subplots(1, 2)
     for group in groups:
-        values = group.values("load_sorted")                             # (seeds, E)
-        draw_line(left, group, range(1, values.shape[1] + 1), values * values.shape[1])
+        draw_line(left, group, group.values("load_sorted") * group.runs[0]["n_expert"])
     left.axhline(1, **CHANCE, label="even load")
     left.set(xlabel="expert, busiest first", ylabel="load / even load, mean over layers")
-    left.xaxis.get_major_locator().set_params(integer=True)
-    plain_log(left, "y")
     add_legend(fig, left)
     draw_points(right, groups, "load_cv", "Std of the load / even load\n(dotted: what sampling "
                 "alone gives)", "load_cv_sampling", ".2g")
@@ -826,24 +823,20 @@ def draw_load(fig, groups) -> str:
 
 
 def draw_similarity(fig, groups) -> str:
-    top, bottom = fig.subfigures(2, 1, height_ratios=(3, 0.8 + 0.25 * len(groups)))
     order = sorted(groups, key=lambda group: group.mean("router_similarity"))
     chosen = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})]
     maps = [np.array(group.runs[0]["cosines"]) for group in chosen]      # (E, E) each
     scale = max(np.abs(m - np.eye(len(m))).max() for m in maps) or 1
-    axes = top.subplots(1, len(maps), squeeze=False)[0]
+    axes = fig.subplots(1, len(maps), squeeze=False)[0]
     for ax, cosines, group in zip(axes, maps, chosen):
         cosines[np.eye(len(cosines), dtype=bool)] = np.nan  # always 1: grey
         image = ax.imshow(cosines, vmin=-scale, vmax=scale, cmap="RdBu_r")
         ax.set_title(f"{group.label}, layer {group.runs[0]['middle_depth']}", fontsize=10)
-        ax.set(xticks=[], yticks=[], xlabel="expert", ylabel="expert", facecolor="0.6")
-    top.colorbar(image, ax=axes, label="cosine of two router directions")
-    left, right = bottom.subplots(1, 2, sharey=True)
-    draw_points(left, groups, "router_similarity", "mean |cosine| (dotted: chance)",
-                "router_similarity_chance")
-    draw_points(right, groups, "router_similarity_signed", "mean cosine (dotted: chance)",
-                spec="+.3f")
-    right.axvline(0, **CHANCE)
+        ax.set(xticks=[], yticks=[], ylabel="expert", facecolor="0.6", xlabel="expert\nall layers: "
+               f"mean |cosine| {group.mean('router_similarity'):.3f}\n"
+               f"(chance: {group.mean('router_similarity_chance'):.3f}), "
+               f"mean {group.mean('router_similarity_signed'):+.3f}")
+    fig.colorbar(image, ax=axes, label="cosine of two router directions", shrink=0.7)
     least, most = (group.mean("router_similarity") for group in (order[0], order[-1]))
     if most > 2 * least:
         return (f"Router directions in {order[-1].label} are {most / least:.1f} times as alike as "
@@ -858,10 +851,11 @@ def draw_common_mode(fig, groups) -> str:
         for group in logged:
             draw_curves(ax, group, [curve(run, "router_similarity") for run in group.runs])
         for group in [group for group in logged if group.runs[0]["router"] == "lossfree"][:1]:
-            ax.axhline(3 * group.mean("router_similarity"), **CHANCE,
+            ax.axhline(3 * group.mean("router_similarity"), color="0.35", linestyle="--",
                        label=f"three times {group.label}, nearly what the paper has for aux")
-        ax.set_ylim(0)
-        ax.set_ylabel("mean |cosine| of router directions")
+        for level in {group.mean("router_similarity_chance") for group in logged}:
+            ax.axhline(level, **CHANCE)  # one, unless the models have different widths
+        ax.set(ylim=0, ylabel="mean |cosine| of router directions\n(dotted: chance)")
         add_legend(fig, ax)
     draw_points(right, groups, "common_share", "share of the mean hidden state in a router\n"
                 "direction's energy (dotted: chance)", "common_share_chance")
@@ -873,11 +867,8 @@ def draw_common_mode(fig, groups) -> str:
 
 
 def draw_alignment(fig, groups) -> str:
-    left, right = fig.subplots(1, 2, sharey=True)
-    draw_points(left, groups, "alignment_matched", "|cosine| of router direction and its own expert"
-                "\n(dotted: and another expert)", "alignment_mismatched")
-    draw_points(right, groups, "alignment_difference", "the difference")
-    right.axvline(0, **CHANCE)
+    draw_points(fig.subplots(), groups, "alignment_matched", "|cosine| of router direction and its "
+                "own expert (dotted: and another expert)", "alignment_mismatched")
     if all((group.values("alignment_difference") > 0).all() for group in groups):
         return "A router direction fits its own expert better than the others"
     return "How well router directions fit their experts"
@@ -930,7 +921,7 @@ def draw_gradients(fig, groups) -> str | None:
     for ax in right:
         for group in with_aux:
             tokens = group.values("aux_gradient_tokens")[0]
-            draw_line(ax, group, tokens, group.values("aux_gradient_ratio"))
+            draw_line(ax, group, group.values("aux_gradient_ratio"), tokens)
         plain_log(ax, "x")
         ax.set_xticks(tokens, [f"{n:,.0f}" for n in tokens])
         ax.set(xlabel="tokens in a step", ylabel="gradient of the router rows:\n"
@@ -994,7 +985,7 @@ def draw_experts(fig, groups) -> str | None:
 
 FIGURES = {  # file: what draws it, its height in inches and that of one group more
     "coupling.png": (draw_coupling, 4.6, 0.05), "load.png": (draw_load, 3.8, 0.15),
-    "similarity.png": (draw_similarity, 4.6, 0.25), "alignment.png": (draw_alignment, 2, 0.3),
+    "similarity.png": (draw_similarity, 3.6, 0), "alignment.png": (draw_alignment, 1.6, 0.3),
     "common_mode.png": (draw_common_mode, 3.8, 0.15), "training.png": (draw_training, 6, 0.05),
     "gradients.png": (draw_gradients, 2.8, 0.25), "experts.png": (draw_experts, 7, 0)}
 
@@ -1017,7 +1008,7 @@ def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
     paths = []
     for name, (draw, height, more) in FIGURES.items():
         path = out_dir / name
-        fig = Figure(figsize=(9, height + more * len(groups)), layout="constrained")
+        fig = Figure(figsize=(9, height + more * len(groups)), layout="compressed")
         title = draw(fig, groups)
         if title is None:
             path.unlink(missing_ok=True)  # that of an earlier analysis
