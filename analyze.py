@@ -626,8 +626,9 @@ class Group(NamedTuple):
 
 def experiment(run: dict) -> dict:
     """What runs have in common whose numbers may be averaged."""
-    routers_own = set().union(*USES.values())
-    ignored = routers_own - USES.get(run["settings"]["router"], routers_own)
+    of_routers = set().union(*USES.values())
+    used = USES.get(run["settings"]["router"], of_routers)  # an own router may use them all
+    ignored = of_routers - used
     return {key: value for key, value in run["settings"].items()
             if key not in AVERAGED_OVER | ignored} | {"step": run["step"]}
 
@@ -905,7 +906,7 @@ def draw_training(fig, groups) -> str | None:
     plain_log(c, "y")
     add_legend(fig, a)
     curves = [curve(run, "coupling_spearman") for group in groups for run in group.runs]
-    if all(curves) and all(abs(c[min(c)]) < 0.1 < c[max(c)] for c in curves):
+    if all(curves) and all(abs(found[min(found)]) < 0.1 < found[max(found)] for found in curves):
         return "There is no coupling at first; it accumulates in training, under every router"
     return "Training: perplexity, balance and coupling"
 
