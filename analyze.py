@@ -19,9 +19,11 @@ import math
 import os
 import re
 import sys
+import tempfile
 import textwrap
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import combinations
+from itertools import combinations, count, cycle
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -57,15 +59,15 @@ class Layer(NamedTuple):
 
 class Observed(NamedTuple):
     name: str
-    settings: dict        # all that makes it this run: "router", "seed", ..., "data_sha256"
-    step: int | None      # optimizer steps done
-    loss: float | None    # nats a token on the evaluation's tokens; None: not known
+    settings: dict        # all that makes it this run: "router", "seed", ..., "val_sha256"
+    step: int | None      # optimizer steps done; None: not known
+    loss: float           # nats a token, on
+    val_tokens: int       # so many tokens
     tokens: Tensor        # (N) ids, in the order of the layers' rows
     text: Callable        # token id -> its text
     layers: list[Layer]
     log: list[dict]       # records of log.jsonl with an evaluation; [] where there is no log
     gradients: dict       # metrics that need gradients, by key; {} where there are none
-    facts: dict           # what else metrics.json says: dataset, tokenizer, val_sha256, ...
     notes: list[str]      # sentences the user should read
 
 
@@ -82,15 +84,17 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise ValueError("its weights are not finite; train it again with a lower learning rate.")
-    settings = checkpoint["config"] | {"data_sha256": checkpoint["data_sha256"]}
-    if checkpoint.get("history"):  # settings that a --resume has changed on the way
-        settings["history"] = str(checkpoint["history"])
-    c, step, tokenizer = model.config, checkpoint["step"], checkpoint["tokenizer"]
-    data = open_dataset(Path("data", settings["dataset"]), c.block_size, c.vocab_size)
+    c, step, evaluation = model.config, checkpoint["step"], checkpoint["evaluation"]
+    data = open_dataset(Path("data", checkpoint["config"]["dataset"]), c.block_size, c.vocab_size)
+    train_sha256, val_sha256 = (data.meta["sha256"][f"{split}.bin"] for split in ("train", "val"))
+    settings = checkpoint["config"] | {
+        "data_sha256": checkpoint["data_sha256"],
+        "val_sha256": checkpoint.get("val_sha256", val_sha256) if evaluation else val_sha256,
+        "history": str(checkpoint.get("history", []))}  # what a --resume has changed on the way
     log, notes = [r for r in read_log(folder / "log.jsonl") if "val_loss" in r], []
     if not log:
         notes.append(f"{folder}/log.jsonl holds no evaluation: no curves of this run.")
-    if settings["data_sha256"] != data.meta["sha256"]["train.bin"]:
+    if settings["data_sha256"] != train_sha256:
         notes.append(f"data/{settings['dataset']} is not the data that {folder} was trained on: it "
                      "may have seen some of the validation tokens in training.")
 
@@ -100,29 +104,23 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
                     folder.name, unit="batch", **BAR)
 
     model.to(device).eval()
-    evaluation, val_sha256 = checkpoint["evaluation"], data.meta["sha256"]["val.bin"]
-    if evaluation:  # on the tokens of its time
-        val_sha256 = checkpoint.get("val_sha256", val_sha256)
-    else:  # the run was stopped before its end
+    if not evaluation:  # the run was stopped before its end
         with torch.no_grad():
             loss, n, load = validate(model, batches(settings["final_eval_tokens"]))
         evaluation = {"val_loss": loss / n, "tokens": n, "load": load}
-    settings["val_sha256"] = val_sha256
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
     gradients = logit_gradients(model, *next(iter(batches(1))))
-    if all(experiment(run) != experiment({"settings": settings, "step": step}) for run in known):
+    this = experiment({"settings": settings, "step": step})
+    if all(experiment(run) != this for run in known):
         gradients |= aux_gradient_ratio(model, batches(65536))
     try:
-        encoding = get_tokenizer(tokenizer)
+        encoding = get_tokenizer(checkpoint["tokenizer"])
         text = lambda token: printable(encoding, [token]) or f"<{token}>"
     except ValueError as error:  # its vocabulary is not on this machine
         text = lambda token: f"<{token}>"
         notes.append(f"experts.png shows token ids: {error}")
-    facts = {"dataset": settings["dataset"], "tokenizer": tokenizer,
-             "val_sha256": val_sha256, "val_tokens": evaluation["tokens"],
-             "n_params": model.num_params()[0], "n_params_active": model.num_params()[1]}
-    return Observed(folder.resolve().name, settings, step, evaluation["val_loss"], tokens, text,
-                    layers, log, gradients, facts, notes)
+    return Observed(folder.resolve().name, settings, step, evaluation["val_loss"],
+                    evaluation["tokens"], tokens, text, layers, log, gradients, notes)
 
 
 @torch.no_grad()
@@ -351,17 +349,15 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
         raise ValueError(f"its tokenizer makes token id {ids.max()}, which the model has not.")
     batches = ids.to(device).split(max(1, 1024 // T))                    # (b, T + 1) each
     seen, loss = [[] for _ in mixtures], 0.0
-    with tqdm(total=len(batches) * len(mixtures), desc=name, unit="layer", **BAR) as bar:
-        hooks = [mixture.experts.register_forward_pre_hook(partial(see, mixture, rows, bar))
-                 for mixture, rows in zip(mixtures, seen)]
-        try:
-            for batch in batches:
-                logits = model(batch[:, :-1], use_cache=False).logits    # (b, T, V)
-                for row, targets in zip(logits, batch[:, 1:]):
-                    loss += F.cross_entropy(row.float(), targets, reduction="sum").item()
-        finally:  # a hook that stays would hold the weights until the garbage is collected
-            for hook in hooks:
-                hook.remove()
+    with ExitStack() as stack:  # a hook that stays would hold the weights
+        bar = stack.enter_context(tqdm(total=len(batches) * len(mixtures), desc=name, **BAR))
+        for mixture, rows in zip(mixtures, seen):
+            hook = partial(see, mixture, rows, bar)
+            stack.enter_context(mixture.experts.register_forward_pre_hook(hook))
+        for batch in batches:
+            logits = model(batch[:, :-1], use_cache=False).logits        # (b, T, V)
+            for row, targets in zip(logits, batch[:, 1:]):
+                loss += F.cross_entropy(row.float(), targets, reduction="sum").item()
     if not math.isfinite(loss):
         raise ValueError("its loss is not finite; try --dtype=float32.")
     layers = []
@@ -378,15 +374,12 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
             torch.cat(activations, dim=1), sum(total) / len(tokens), sum(energy) / len(tokens),
             torch.bincount(indices.flatten(), minlength=len(mixture.rows))))
 
-    (E, H, C), K, n_params = mixtures[0].w_gate.shape, indices.shape[1], model.num_parameters()
-    experts = sum(p.numel() for mixture in mixtures for p in mixture.experts.parameters())
-    settings = {"router": c.model_type, "seed": None, "checkpoint": str(folder), "dtype": str(
-        model.dtype).removeprefix("torch."), "n_layer": c.num_hidden_layers, "n_embd": C,
-        "n_expert": E, "top_k": K, "d_expert": H, "block_size": T}
-    facts = {"dataset": text or "stdlib", "tokenizer": type(tokenizer).__name__,
-             "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-             "val_tokens": len(tokens), "n_params": n_params,
-             "n_params_active": n_params - experts * (E - K) // E}
+    (E, H, C), K = mixtures[0].w_gate.shape, indices.shape[1]
+    settings = {
+        "router": c.model_type, "seed": None, "checkpoint": str(folder),
+        "dtype": str(model.dtype).removeprefix("torch."), "n_layer": c.num_hidden_layers,
+        "n_embd": C, "n_expert": E, "top_k": K, "d_expert": H, "block_size": T,
+        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
     notes = [] if len(tokens) >= n_tokens else [
         f"{name} saw {len(tokens)} tokens, not {n_tokens}: the text is too short."]
 
@@ -395,8 +388,8 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
         text = raw.replace("▁", " ") if "▁" in raw else tokenizer.decode([token])
         return "".join(s if s.isprintable() or s == "\n" else " " for s in text) or f"<{token}>"
 
-    return Observed(name, settings, None, loss / len(tokens), tokens, piece, layers, [], {}, facts,
-                    notes)
+    return Observed(name, settings, None, loss / len(tokens), len(tokens), tokens, piece, layers,
+                    [], {}, notes)
 
 
 # ---------------------------------------------------------------- measure: a layer -> its metrics
@@ -512,12 +505,6 @@ def layer_metrics(layer: Layer, tokens: Tensor) -> dict[str, Tensor]:
     return metrics
 
 
-def written(text: str) -> str:
-    """A token's text as one writes it: \\n, ' ', def."""
-    text = text.replace("\n", "\\n")
-    return text if text == text.strip() else f"'{text}'"
-
-
 def favourite_tokens(tokens: Tensor, experts: Tensor, E: int, text: Callable) -> list[list[str]]:
     """tokens, experts (N) -> for each expert the five tokens with the greatest lift,
     P(expert | token) / P(expert), above 1, of those that occur at least 20 times."""
@@ -525,7 +512,12 @@ def favourite_tokens(tokens: Tensor, experts: Tensor, E: int, text: Callable) ->
     lift = counts / counts.sum(1, keepdim=True) / (counts.sum(0) / counts.sum())
     lift = lift.masked_fill(counts.sum(1, keepdim=True) < 20, 0.0).nan_to_num()
     best = lift.topk(min(5, len(ids)), dim=0)                            # (5, E)
-    return [[written(text(ids[i].item())) for value, i in zip(values, places) if value > 1]
+
+    def written(token: int) -> str:  # as one writes it: \n, ' ', def
+        piece = text(token).replace("\n", "\\n")
+        return piece if piece == piece.strip() else f"'{piece}'"
+
+    return [[written(ids[i].item()) for value, i in zip(values, places) if value > 1]
             for values, places in zip(best.values.t(), best.indices.t())]
 
 
@@ -533,19 +525,19 @@ def text_lines(tokens: Tensor, experts: Tensor, text: Callable, T: int, width=70
     """tokens, experts (N) of sequences of length T -> eight lines, the first that look like text:
     lists of [text of a token, its expert]. A line ends at a line end or at `width` characters;
     those that a sequence's ends cut, and blank ones, are passed over."""
-    lines, line, whole = [], [], False
-    for place, (token, expert) in enumerate(zip(tokens.tolist(), experts.tolist())):
-        if place % T == 0:
-            line, whole = [], False
-        line.append([text(token), expert])
-        joined = "".join(piece for piece, _ in line)
-        if "\n" in joined or len(joined) >= width:
-            if whole and joined.strip():
-                lines.append((line, joined))
-            line, whole = [], True
-    good = [line for line, joined in lines if 30 < len(joined) < width
-            and sum(map(str.isalpha, joined)) > 0.6 * len(joined)]
-    return good[:8] if len(good) >= 8 else [line for line, _ in lines[:8]]
+    lines = []
+    for ids, chosen in zip(tokens.split(T), experts.split(T)):
+        own, line, joined = [], [], ""
+        for token, expert in zip(ids.tolist(), chosen.tolist()):
+            line.append([text(token), expert])
+            joined += line[-1][0]
+            if "\n" in joined or len(joined) >= width:
+                own.append((line, joined))
+                line, joined = [], ""
+        lines += [(line, joined) for line, joined in own[1:] if joined.strip()]
+    good = [pair for pair in lines if 30 < len(pair[1]) < width
+            and sum(map(str.isalpha, pair[1])) > 0.6 * len(pair[1])]
+    return [line for line, _ in (good if len(good) >= 8 else lines)[:8]]
 
 
 def to_json(value):
@@ -566,25 +558,31 @@ def measure(run: Observed) -> dict:
                for key in layers[0]} | run.gradients                     # (n_layer, ...) each
     metrics |= {key.removesuffix("_by_layer"): values.nanmean(0)
                 for key, values in metrics.items() if key.endswith("_by_layer")}
-    middle = run.layers[len(run.layers) // 2]
+    middle, settings = run.layers[len(run.layers) // 2], run.settings
     first, E = middle.indices[:, 0], len(middle.directions)              # (N)
-    T = run.settings.get("block_size", len(run.tokens))
     return to_json({
-        "router": run.settings.get("router"), "seed": run.settings.get("seed"), "step": run.step,
-        "perplexity": None if run.loss is None else math.exp(min(run.loss, 700.0)),
+        "router": settings["router"], "seed": settings["seed"], "step": run.step,
+        "perplexity": math.exp(min(run.loss, 700.0)), "val_tokens": run.val_tokens,
         "tokens": len(run.tokens), "n_expert": E, "top_k": middle.indices.shape[1],
-        "depth": [layer.depth for layer in run.layers], "middle_depth": middle.depth, **run.facts,
-        **metrics, "settings": run.settings, "log": run.log,
+        "depth": [layer.depth for layer in run.layers], "middle_depth": middle.depth, **metrics,
+        "settings": settings, "log": run.log,
         "cosines": router_cosines(middle.directions).double().round(decimals=3),  # (E, E)
-        "text": text_lines(run.tokens, first, run.text, T),
+        "text": text_lines(run.tokens, first, run.text, settings["block_size"]),
         "favourite_tokens": favourite_tokens(run.tokens, first, E, run.text)})
 
 
 # ---------------------------------------------------------------- groups and tables
 
-# settings that make no other experiment
-INCIDENTAL = {"seed", "out_dir", "device", "compile", "resume", "overwrite", "bench", "config",
-              "eval_interval", "log_interval"}
+# What runs may differ in whose numbers are averaged: the seed, and settings that change no number.
+# Not the same as train.INCIDENTAL, what a run may change on its way: that has dtype and the sizes
+# of the evaluations too, and numbers depend on these.
+AVERAGED_OVER = {"seed", "out_dir", "device", "compile", "resume", "overwrite", "bench", "config",
+                 "eval_interval", "log_interval"}
+USES = {  # which of the routers' settings each of the built-in ones uses; the others it ignores
+    "aux": {"score_fn", "z_loss_coef", "aux_loss_coef"},
+    "lossfree": {"score_fn", "z_loss_coef", "bias_update_rate"},
+    "kmeans": {"bias_update_rate", "ema_decay", "gate_temperature"},
+    "none": {"score_fn", "z_loss_coef"}}
 COLUMNS = (  # header, keys, what the paper reports
     ("perplexity", ("perplexity",), "kmeans 2.2 % above lossfree, about level with aux"),
     ("load CV", ("load_cv",), "aux 0.015, lossfree 0.018, kmeans 0.008, if its Std is relative"),
@@ -601,17 +599,17 @@ COLUMNS = (  # header, keys, what the paper reports
      "highest for kmeans, no number"),
     ("token information, bits (ceiling)", ("token_information", "token_entropy"), ""),
     ("unrouted gradient share", ("unrouted_gradient_share",), "aux alone, no number"))
-ROUTER_STYLES = {  # Okabe-Ito colours; lines and markers tell them apart in grey
+ROUTER_STYLES = {  # colour (Okabe-Ito), line, marker: each tells them apart, in grey too
     "aux": ("#E69F00", "--", "s"), "lossfree": ("#0072B2", "-", "o"),
     "kmeans": ("#009E73", "-.", "^"), "none": ("#000000", ":", "D")}
-OTHER_STYLES = (  # the n-th other group takes the n-th of each, going round
-    ("#CC79A7", "#56B4E9", "#D55E00", "#9A8B00", "#7F3C8D", "#8C564B", "#777777"),
-    ((0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (8, 2)), (0, (4, 1, 1, 1, 1, 1))),
-    ("v", "P", "X", "<", ">", "p", "*", "h"))
+OTHER_STYLES = (  # of further groups, going round
+    ("#CC79A7", (0, (5, 1)), "v"), ("#56B4E9", (0, (1, 1)), "P"), ("#8C564B", (0, (2, 1)), "*"),
+    ("#9A8B00", (0, (8, 2)), "<"), ("#D55E00", (0, (3, 1, 1, 1)), "X"),
+    ("#7F3C8D", (0, (4, 1, 1, 1, 1, 1)), ">"))
 
 
 class Group(NamedTuple):
-    """Runs that differ in the seed alone: one line, one bar, one colour in every figure."""
+    """Runs that differ in the seed alone: one line, one point, one colour in every figure."""
     label: str
     runs: list[dict]  # the metrics of each
     style: dict       # color, linestyle, marker
@@ -628,43 +626,42 @@ class Group(NamedTuple):
 
 def experiment(run: dict) -> dict:
     """What runs have in common whose numbers may be averaged."""
-    settings = {k: v for k, v in run["settings"].items() if k not in INCIDENTAL}
-    return settings | {"step": run["step"]}
+    of_routers = set().union(*USES.values())
+    used = USES.get(run["settings"]["router"], of_routers)  # an own router may use them all
+    ignored = of_routers - used
+    return {key: value for key, value in run["settings"].items()
+            if key not in AVERAGED_OVER | ignored} | {"step": run["step"]}
 
 
-def short(key: str, value) -> str:
-    return str(value)[:8] if key.endswith("sha256") else str(value)
-
-
-def differing(experiments: list[dict]) -> list[str]:
-    """The settings that are not the same in all of them."""
-    keys = dict.fromkeys(key for settings in experiments for key in settings)
-    return [key for key in keys if any(s.get(key) != experiments[0].get(key) for s in experiments)]
+def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
+    """{setting: {value: labels of the groups that have it}} where it has several values."""
+    found = {}
+    for group in groups:
+        for key, value in experiment(group.runs[0]).items():
+            value = str(value)[:8] if key.endswith("sha256") else str(value)
+            found.setdefault(key, {}).setdefault(value, []).append(group.label)
+    return {key: labels for key, labels in found.items() if len(labels) > 1}
 
 
 def group_runs(runs: dict[str, dict]) -> tuple[list[Group], list[str]]:
     """-> the groups, in the order of their first runs, and a note for each run that is left out
-    because it repeats a seed of its group. A group's label is the name of its first run without
-    the seed, and what differs from others of that label."""
+    because it repeats a seed of its group. A group is called as its first run, without the seed
+    where that leaves no two of the same name."""
     found, notes = {}, []
     for name, run in runs.items():
         members = found.setdefault(json.dumps(experiment(run), sort_keys=True), {})
         if run["seed"] in members:
             notes.append(f"{name} repeats the seed of {members[run['seed']]}: means leave it out.")
         members.setdefault(run["seed"], name)
-    groups, styles, others = [], dict(ROUTER_STYLES), 0
-    first = [next(iter(members.items())) for members in found.values()]  # (seed, name) of each
-    labels = [name.removesuffix(f"-{seed}") for seed, name in first]
-    for label, members in zip(labels, found.values()):
-        group = [runs[name] for name in members.values()]
-        same = [experiment(runs[name]) for other, (_, name) in zip(labels, first) if other == label]
-        more = [f"{key}={short(key, experiment(group[0]).get(key))}" for key in differing(same)]
-        style = styles.pop(group[0]["router"], None)  # the first of its router has the fixed one
-        if style is None:
-            style = [choice[others % len(choice)] for choice in OTHER_STYLES]
-            others += 1
-        style = dict(zip(("color", "linestyle", "marker"), style), markersize=4)
-        groups.append(Group(", ".join([label.lstrip("_") or "run", *more]), group, style))
+    names = [next(iter(members.values())) for members in found.values()]
+    labels = [name.removesuffix(f"-{runs[name]['seed']}") for name in names]
+    groups, styles, others = [], dict(ROUTER_STYLES), cycle(OTHER_STYLES)
+    for name, label, members in zip(names, labels, found.values()):
+        label = (label if labels.count(label) == 1 else name).lstrip("_")  # or no legend has it
+        # the first group of a router has the fixed style
+        color, line, marker = styles.pop(runs[name]["router"], None) or next(others)
+        groups.append(Group(label or "run", [runs[member] for member in members.values()], dict(
+            color=color, linestyle=line, marker=marker, markersize=4)))
     return groups, notes
 
 
@@ -676,43 +673,39 @@ def mean_and_spread(seeds: list[dict], key: str) -> str:
 
 def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
     """rows: (name, metrics of one run or of several seeds) -> Markdown, the paper's numbers last.
-    Of several seeds: mean ± sample standard deviation."""
-    measured = [(run.get("val_sha256"), run.get("val_tokens"), run["settings"].get("block_size"))
-                for run in (seeds[0] for _, seeds in rows)]
-    marks = list(dict.fromkeys(measured))  # perplexities compare on the same tokens only
+    Of several seeds: mean ± sample standard deviation. Perplexities on other tokens are marked."""
+    evaluated = [(s[0]["val_tokens"], s[0]["settings"]["val_sha256"][:8],
+                  s[0]["settings"]["block_size"]) for _, s in rows]
+    texts = list(dict.fromkeys(evaluated))
     lines = [("run", "router", "seed", "step", *(header for header, _, _ in COLUMNS)),
              ("---",) * (4 + len(COLUMNS))]
-    for (name, seeds), tokens in zip(rows, measured):
+    for (name, seeds), text in zip(rows, evaluated):
         step, planned = seeds[0]["step"], seeds[0]["settings"].get("max_iters")
         cells = [name.replace("|", "\\|"), seeds[0]["router"],
                  ", ".join("–" if run["seed"] is None else str(run["seed"]) for run in seeds),
-                 f"{step} of {planned}" if planned and step < planned else step or "–"]
+                 "–" if step is None else f"{step} of {planned}" if step < planned else str(step)]
         for _, (key, *more), _ in COLUMNS:
-            cells.append(mean_and_spread(seeds, key))
-            if more:
-                cells[-1] += f" ({', '.join(mean_and_spread(seeds, k) for k in more)})"
-        if len(marks) > 1:
-            cells[4] += f" [{marks.index(tokens) + 1}]"
+            others = ", ".join(mean_and_spread(seeds, k) for k in more)
+            cells.append(mean_and_spread(seeds, key) + (f" ({others})" if more else ""))
+        if len(texts) > 1:
+            cells[4] += f" [{texts.index(text) + 1}]"
         lines.append(cells)
     lines.append(("**paper** (1B)", "", "", "", *(paper for _, _, paper in COLUMNS)))
-    table = "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
-    if len(marks) > 1:
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    if len(texts) > 1:
         table += "\n\nPerplexities with different numbers are not comparable: " + ", ".join(
-            f"[{i}] {n} tokens of text {str(sha)[:8]} in windows of {T}"
-            for i, (sha, n, T) in enumerate(marks, 1))
+            f"[{i}] {n} tokens of text {sha} in windows of {T}"
+            for i, (n, sha, T) in enumerate(texts, 1))
     return table
 
 
 def differing_settings(groups: list[Group]) -> str:
     """One line that names every setting in which the groups differ, but for the router."""
-    experiments, parts = [experiment(group.runs[0]) for group in groups], []
-    for key in differing(experiments):
-        values = {}  # value -> labels
-        for group, settings in zip(groups, experiments):
-            values.setdefault(short(key, settings.get(key)), []).append(group.label)
-        usual, *others = sorted(values, key=lambda value: -len(values[value]))
-        if key != "router" and all(key in settings for settings in experiments):
-            parts.append(", ".join(f"{key} {value} ({', '.join(values[value])})"
+    parts = []
+    for key, labels in differing(groups).items():
+        usual, *others = sorted(labels, key=lambda value: -len(labels[value]))
+        if key != "router":
+            parts.append(", ".join(f"{key} {value} ({', '.join(labels[value])})"
                                    for value in others) + f", else {usual}")
     return f"Settings that differ: {'; '.join(parts) or 'router and seed alone'}."
 
@@ -724,7 +717,7 @@ def paired_differences(groups: list[Group]) -> list[str]:
     for b, a in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in a.runs for y in b.runs
                  if x["seed"] == y["seed"]]
-        if len(pairs) > 1 and differing([experiment(g.runs[0]) for g in (a, b)]) in (
+        if len(pairs) > 1 and [*differing([a, b])] in (
                 ["router"], ["z_loss_coef"], ["score_fn"]):
             percent = [100 * (x / y - 1) for x, y in pairs]
             error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
@@ -740,10 +733,23 @@ def paired_differences(groups: list[Group]) -> list[str]:
 CHANCE = dict(color="0.35", linestyle=(0, (1, 1)), linewidth=1.5)
 
 
-def draw_line(ax, group: Group, x, values: np.ndarray) -> None:
-    """values (seeds, points): their mean, and a band from the lowest seed to the highest."""
+def draw_line(ax, group: Group, values: np.ndarray, x=None) -> None:
+    """values (seeds, points) at x (points), or 1, 2, ...: their mean, and a band from the lowest
+    seed to the highest."""
+    if x is None:
+        x = range(1, values.shape[1] + 1)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     ax.plot(x, values.mean(0), label=group.label, **group.style)
     ax.fill_between(x, values.min(0), values.max(0), color=group.style["color"], alpha=0.2, lw=0)
+
+
+def curve(run: dict, key: str) -> dict[int, float]:
+    """{step: value}. What depends on the validation tokens is taken where they are those of the
+    run's first evaluation: the last one, the result, reads more of them."""
+    log = run["log"]
+    if key in ("val_loss", "perplexity", "load_std"):
+        log = [record for record in log if record.get("val_tokens") == log[0].get("val_tokens")]
+    return {record["step"]: record[key] for record in log if record.get(key) is not None}
 
 
 def draw_curves(ax, group: Group, curves: list[dict]) -> None:
@@ -752,42 +758,23 @@ def draw_curves(ax, group: Group, curves: list[dict]) -> None:
     tokens = math.prod(group.runs[0]["settings"][key] for key in (
         "batch_size", "gradient_accumulation_steps", "block_size"))
     values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
-    draw_line(ax, group, np.array(steps) * tokens / 1e6, values)
+    draw_line(ax, group, values, np.array(steps) * tokens / 1e6)
     ax.set_xlabel("training tokens (millions)")
 
 
-def curve(run: dict, key: str) -> dict[int, float]:
-    return {record["step"]: record[key] for record in run["log"] if record.get(key) is not None}
-
-
-def draw_bars(ax, groups: list[Group], key: str, label: str, chance="", spec=".3f", log=False):
-    """A bar a group (a point, if `log`) at the mean over seeds, with its number, and a whisker from
-    the lowest seed to the highest. Dotted: the metric `chance`."""
+def draw_points(ax, groups: list[Group], key: str, label: str, chance="", spec=".3f") -> None:
+    """A row a group: its mean over seeds, with the number on the right, and a whisker from the
+    lowest seed to the highest. Dotted: the metric `chance`. An empty row: not measured."""
     for y, group in enumerate(groups):
-        values, style = group.values(key), group.style                   # (seeds)
-        if not len(values):
-            ax.text(0, y, " not measured", va="center", fontsize=8)
-            continue
-        values = values.clip(1e-3) if log else values
-        if log:
-            ax.plot(values.mean(), y, style["marker"], color=style["color"], markersize=7)
-        else:
-            ax.barh(y, values.mean(), 0.7, color=style["color"])
-        ax.plot([values.min(), values.max()], [y, y], color="0.55", linewidth=2)
-        ax.annotate(f"{values.mean():{spec}}", (max(0, values.max()), y), (8, 0), va="center",
-                    fontsize=8, textcoords="offset points")
-        if chance:
-            level = max(group.mean(chance), 1e-3)
-            ax.plot([level, level], [y - 0.5, y + 0.5], **CHANCE)
+        if len(values := group.values(key)):                             # (seeds)
+            ax.plot([values.min(), values.max()], [y, y], color="0.55", linewidth=2)
+            ax.plot(values.mean(), y, group.style["marker"], color=group.style["color"])
+            ax.text(1.02, y, f"{values.mean():{spec}}", va="center", fontsize=8,
+                    transform=ax.get_yaxis_transform())
+            ax.plot([group.mean(chance)] * 2, [y - 0.5, y + 0.5], **CHANCE)
     ax.set(xlabel=label, ylim=(len(groups) - 0.4, -0.6))
     ax.set_yticks(range(len(groups)), [group.label for group in groups], fontsize=9)
-    if log:
-        plain_log(ax, "x")
-        ax.margins(x=0.1)
-    else:
-        ax.axvline(0, color="black", linewidth=0.8)
-        ax.locator_params(axis="x", nbins=5)
-        ax.set_xlim(ax.get_xlim()[0], ax.get_xlim()[1] + 0.15 * np.ptp(ax.get_xlim()))
+    ax.locator_params(axis="x", nbins=5)
 
 
 def plain_log(ax, which: str) -> None:
@@ -796,7 +783,7 @@ def plain_log(ax, which: str) -> None:
         return  # a single expert has no spread
     ax.set(**{f"{which}scale": "log"})
     axis = getattr(ax, f"{which}axis")
-    axis.get_major_locator().set_params(subs=(1, 2, 5))
+    axis.get_major_locator().set_params(subs=(1, 2, 5) if which == "y" else (1, 3))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
 
@@ -808,12 +795,10 @@ def add_legend(fig, ax) -> None:
 def draw_coupling(fig, groups) -> str:
     ax = fig.subplots()
     for group in groups:
-        values = group.values("coupling_by_rank")                        # (seeds, E)
-        draw_line(ax, group, range(1, values.shape[1] + 1), values)
+        draw_line(ax, group, group.values("coupling_by_rank"))
     ax.axhline(1, **CHANCE, label="no coupling")
     ax.set(xlabel="rank that the router gives the expert (1: highest score)",
            ylabel="||W_gate x||, the norm of the gate's\npre-activation (1: mean over tokens)")
-    ax.xaxis.get_major_locator().set_params(integer=True)
     add_legend(fig, ax)
     if all(group.mean("coupling_by_rank").argmax() == 0 for group in groups):
         return "Experts react most to the tokens their router ranks first"
@@ -821,26 +806,15 @@ def draw_coupling(fig, groups) -> str:
 
 
 def draw_load(fig, groups) -> str:
-    rows, columns = math.ceil(len(groups) / 4), min(4, len(groups))
-    top, bottom = fig.subfigures(2, 1, height_ratios=(0.6 + 1.6 * rows, 0.8 + 0.25 * len(groups)))
-    loads = [group.mean("load_sorted_by_layer") for group in groups]     # (n_layer, E) each
-    loads = [load * load.shape[1] for load in loads]
-    low, high, ax = min(map(np.min, loads)), max(map(np.max, loads)), None
-    for i, (group, load) in enumerate(zip(groups, loads)):
-        ax = top.add_subplot(rows, columns, i + 1, sharey=ax)
-        for depth, line in zip(np.linspace(0, 1, len(load)), load):
-            ax.plot(range(1, len(line) + 1), line, color=group.style["color"],
-                    alpha=1 - 0.6 * depth, linewidth=1 + 2 * depth)
-        ax.axhline(1, **CHANCE)
-        ax.set_title(group.label, fontsize=10)
-        ax.set_yscale("symlog", linthresh=0.1, linscale=0.4)
-        ax.set_yticks([0, 0.1, 0.3, 1, 3, 10, 30], ["0", "0.1", "0.3", "1", "3", "10", "30"])
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set_ylim(0 if low < 0.3 else 0.3, max(3, 1.3 * high))
-    top.supxlabel("expert, busiest first (thin: first layer, wide and light: last)", fontsize=10)
-    top.supylabel("load / even load", fontsize=10)
-    draw_bars(bottom.subplots(), groups, "load_cv", "Std of the load / even load (dotted: what "
-              "sampling alone gives)", "load_cv_sampling", ".2g", log=True)
+    left, right = fig.subplots(1, 2)
+    for group in groups:
+        draw_line(left, group, group.values("load_sorted") * group.runs[0]["n_expert"])
+    left.axhline(1, **CHANCE, label="even load")
+    left.set(xlabel="expert, busiest first", ylabel="load / even load, mean over layers")
+    add_legend(fig, left)
+    draw_points(right, groups, "load_cv", "Std of the load / even load\n(dotted: what sampling "
+                "alone gives)", "load_cv_sampling", ".2g")
+    plain_log(right, "x")
     *others, most = sorted(groups, key=lambda group: group.mean("load_cv"))
     second = others[-1].mean("load_cv") if others else math.inf
     if most.mean("load_cv") > 2 * second:
@@ -850,22 +824,20 @@ def draw_load(fig, groups) -> str:
 
 
 def draw_similarity(fig, groups) -> str:
-    top, bottom = fig.subfigures(2, 1, height_ratios=(3, 0.8 + 0.25 * len(groups)))
     order = sorted(groups, key=lambda group: group.mean("router_similarity"))
     chosen = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})]
     maps = [np.array(group.runs[0]["cosines"]) for group in chosen]      # (E, E) each
     scale = max(np.abs(m - np.eye(len(m))).max() for m in maps) or 1
-    axes = top.subplots(1, len(maps), squeeze=False)[0]
+    axes = fig.subplots(1, len(maps), squeeze=False)[0]
     for ax, cosines, group in zip(axes, maps, chosen):
         cosines[np.eye(len(cosines), dtype=bool)] = np.nan  # always 1: grey
         image = ax.imshow(cosines, vmin=-scale, vmax=scale, cmap="RdBu_r")
         ax.set_title(f"{group.label}, layer {group.runs[0]['middle_depth']}", fontsize=10)
-        ax.set(xticks=[], yticks=[], xlabel="expert", ylabel="expert", facecolor="0.6")
-    top.colorbar(image, ax=axes, label="cosine of two router directions")
-    left, right = bottom.subplots(1, 2, sharey=True)
-    draw_bars(left, groups, "router_similarity", "mean |cosine| (dotted: chance)",
-              "router_similarity_chance")
-    draw_bars(right, groups, "router_similarity_signed", "mean cosine (chance: 0)", spec="+.3f")
+        ax.set(xticks=[], yticks=[], ylabel="expert", facecolor="0.6", xlabel="expert\nall layers: "
+               f"mean |cosine| {group.mean('router_similarity'):.3f}\n"
+               f"(chance: {group.mean('router_similarity_chance'):.3f}), "
+               f"mean {group.mean('router_similarity_signed'):+.3f}")
+    fig.colorbar(image, ax=axes, label="cosine of two router directions", shrink=0.7)
     least, most = (group.mean("router_similarity") for group in (order[0], order[-1]))
     if most > 2 * least:
         return (f"Router directions in {order[-1].label} are {most / least:.1f} times as alike as "
@@ -880,17 +852,14 @@ def draw_common_mode(fig, groups) -> str:
         for group in logged:
             draw_curves(ax, group, [curve(run, "router_similarity") for run in group.runs])
         for group in [group for group in logged if group.runs[0]["router"] == "lossfree"][:1]:
-            start, (low, x) = group.mean("router_similarity"), ax.get_xlim()
-            ax.set_xlim(low, x + 0.04 * (x - low))  # room for a bracket
-            ax.annotate("", (x, 3 * start), (x, start), arrowprops=dict(
-                arrowstyle="|-|,widthA=0.3,widthB=0.3"))
-            ax.annotate(f"the paper: aux nearly\nthree times {group.label}", (x, 3 * start),
-                        (0, 6), textcoords="offset points", ha="right", fontsize=8)
-            ax.set_ylim(0, max(ax.get_ylim()[1], 3.8 * start))
-        ax.set_ylabel("mean |cosine| of router directions")
+            ax.axhline(3 * group.mean("router_similarity"), color="0.35", linestyle="--",
+                       label=f"three times {group.label}, nearly what the paper has for aux")
+        for level in {group.mean("router_similarity_chance") for group in logged}:
+            ax.axhline(level, **CHANCE)  # one, unless the models have different widths
+        ax.set(ylim=0, ylabel="mean |cosine| of router directions\n(dotted: chance)")
         add_legend(fig, ax)
-    draw_bars(right, groups, "common_share", "share of the mean hidden state in a router\n"
-              "direction's energy (dotted: chance)", "common_share_chance")
+    draw_points(right, groups, "common_share", "share of the mean hidden state in a router\n"
+                "direction's energy (dotted: chance)", "common_share_chance")
     alike, common = ([group.mean(key) for group in groups]
                      for key in ("router_similarity", "common_share"))
     if max(alike) > 2 * min(alike) and np.corrcoef(alike, common)[0, 1] > 0.9:
@@ -899,15 +868,8 @@ def draw_common_mode(fig, groups) -> str:
 
 
 def draw_alignment(fig, groups) -> str:
-    left, right = fig.subplots(1, 2, width_ratios=(1.6, 1), sharey=True)
-    draw_bars(left, groups, "alignment_difference",
-              "|cosine| of router direction and expert: same expert minus another")
-    for y, group in enumerate(groups):
-        right.plot(group.mean("alignment_matched"), y, "o", color=group.style["color"])
-        right.plot(group.mean("alignment_mismatched"), y, "o", color=group.style["color"],
-                   markerfacecolor="white")
-    right.set_xlabel("filled: same expert, open: another")
-    right.set_xlim(0, 1.05 * right.get_xlim()[1])
+    draw_points(fig.subplots(), groups, "alignment_matched", "|cosine| of router direction and its "
+                "own expert (dotted: and another expert)", "alignment_mismatched")
     if all((group.values("alignment_difference") > 0).all() for group in groups):
         return "A router direction fits its own expert better than the others"
     return "How well router directions fit their experts"
@@ -918,18 +880,23 @@ def draw_training(fig, groups) -> str | None:
     if not groups:
         return None
     (a, b), (c, d) = fig.subplots(2, 2)
-    base = next((group for group in groups if group.runs[0]["router"] == "lossfree"), groups[0])
-    losses = {run["seed"]: curve(run, "val_loss") for run in base.runs}
-    for group in sorted(groups, key=lambda group: group.runs[0]["router"] == "none"):
-        b.autoscale(group.runs[0]["router"] != "none")  # which comes last: it sets no scale
+    for group in groups:
         for ax, key in ((a, "perplexity"), (c, "load_std"), (d, "coupling_spearman")):
             draw_curves(ax, group, [curve(run, key) for run in group.runs])
-        relative = []
-        for run in group.runs:
-            other = losses.get(run["seed"], next(iter(losses.values())))
-            relative.append({step: loss - other[step] for step, loss in curve(
-                run, "val_loss").items() if step in other and step})
-        draw_curves(b, group, relative)
+    base = next((group for group in groups if group.runs[0]["router"] == "lossfree"), groups[0])
+
+    def measured(run):  # losses are subtracted where this is the same
+        settings = run["settings"]
+        return (run["seed"], settings["val_sha256"], settings["block_size"],
+                run["log"][0].get("val_tokens"))
+
+    losses = {measured(run): curve(run, "val_loss") for run in base.runs}
+    for group in groups:
+        pairs = [(curve(run, "val_loss"), losses[measured(run)]) for run in group.runs
+                 if measured(run) in losses]
+        if pairs:  # after step 0, where all of them guess
+            draw_curves(b, group, [{step: mine[step] - other[step] for step in mine
+                                    if step in other and step} for mine, other in pairs])
     a.set(ylabel="validation perplexity")
     b.set(ylabel=f"validation loss\nminus that of {base.label} (nats)")
     c.set(ylabel="Std of the load share")
@@ -939,7 +906,7 @@ def draw_training(fig, groups) -> str | None:
     plain_log(c, "y")
     add_legend(fig, a)
     curves = [curve(run, "coupling_spearman") for group in groups for run in group.runs]
-    if all(curves) and all(abs(c[min(c)]) < 0.1 < c[max(c)] for c in curves):
+    if all(curves) and all(abs(found[min(found)]) < 0.1 < found[max(found)] for found in curves):
         return "There is no coupling at first; it accumulates in training, under every router"
     return "Training: perplexity, balance and coupling"
 
@@ -950,21 +917,20 @@ def draw_gradients(fig, groups) -> str | None:
     if not groups:
         return None
     left, *right = fig.subplots(1, 2 if with_aux else 1, squeeze=False)[0]
-    draw_bars(left, groups, "gradient_reach", "experts whose router rows\none token's gradient "
-              "reaches", spec=".3g")
+    draw_points(left, groups, "gradient_reach", "experts whose router rows\none token's gradient "
+                "reaches", spec=".3g")
     for ax in right:
         for group in with_aux:
             tokens = group.values("aux_gradient_tokens")[0]
-            draw_line(ax, group, tokens, group.values("aux_gradient_ratio"))
+            draw_line(ax, group, group.values("aux_gradient_ratio"), tokens)
         plain_log(ax, "x")
-        plain_log(ax, "y")
         ax.set_xticks(tokens, [f"{n:,.0f}" for n in tokens])
         ax.set(xlabel="tokens in a step", ylabel="gradient of the router rows:\n"
                "auxiliary / language-model loss")
         add_legend(fig, ax)
-    wide = [group for group in groups
+    wide = [group.label for group in groups
             if group.mean("gradient_reach") > group.runs[0]["top_k"] + 0.5]
-    if wide and [g.label for g in wide] == [g.label for g in with_aux] and wide != groups:
+    if wide == [group.label for group in with_aux] and 0 < len(wide) < len(groups):
         return "Only an auxiliary loss moves the rows of experts that a token does not visit"
     return "How far one token's gradient reaches in the router"
 
@@ -982,13 +948,18 @@ def draw_experts(fig, groups) -> str | None:
     # a character of this font is 0.602 of its size wide
     font = dict(family="DejaVu Sans Mono", va="center_baseline",
                 size=fig.get_figwidth() * (right - left) * 72 / width / 0.602)
+
+    def panel(box, xlim, ylim, title):
+        ax = fig.add_axes(box, xlim=xlim, ylim=ylim)
+        ax.set_axis_off()
+        ax.set_title(title, fontsize=10, loc="left", pad=2)
+        return ax
+
     for i, group in enumerate(groups):
         run = group.runs[0]
         colors = expert_colors(run["n_expert"])
-        ax = fig.add_axes((left, 0.92 - (i + 1) * height, right - left, height - 0.035))
-        ax.set(xlim=(0, width), ylim=(8, 0))
-        ax.set_axis_off()
-        ax.set_title(f"{group.label}, layer {run['middle_depth']}", fontsize=10, loc="left", pad=2)
+        ax = panel((left, 0.92 - (i + 1) * height, right - left, height - 0.035), (0, width),
+                   (8, 0), f"{group.label}, layer {run['middle_depth']}")
         for y, line in enumerate(run["text"]):
             x = 0
             for text, expert in line:
@@ -997,19 +968,16 @@ def draw_experts(fig, groups) -> str | None:
                         linewidth=0.4)
                 ax.text(x, y + 0.5, text, **font)
                 x += len(text)
-    run = named.runs[0]  # the one whose text stands on the left
+    run = named.runs[0]
     E = run["n_expert"]
     font["size"] = min(font["size"], 5.6 * 72 / E / 1.2)
-    ax = fig.add_axes((right + 0.02, 0.02, 0.98 - right - 0.02, 0.865))
-    ax.set(xlim=(0, 34), ylim=(E, 0))
-    ax.set_axis_off()
-    ax.set_title(f"Which tokens each expert of {named.label}\n(seed {run['seed']}) gets more than "
-                 "its share of", fontsize=10, loc="left", pad=2)
+    ax = panel((right + 0.02, 0.02, 0.96 - right, 0.865), (0, 34), (E, 0), "Which tokens each "
+               f"expert of {named.label}\n(seed {run['seed']}) gets more than its share of")
     for expert, (color, texts) in enumerate(zip(expert_colors(E), run["favourite_tokens"])):
         ax.barh(expert + 0.5, 3, 0.92, color=color)
         ax.text(0.5, expert + 0.5, f"{expert:2}", **font)
         ax.text(4, expert + 0.5, "  ".join(text[:10] for text in texts)[:32], **font)
-    if len({group.runs[0].get("val_sha256") for group in groups}) > 1:
+    if len({group.runs[0]["settings"]["val_sha256"] for group in groups}) > 1:
         return "Each token on the colour of its first expert"
     if all(g.mean("token_information") > 0.5 * g.mean("token_entropy") for g in groups):
         return "Which expert a token goes to follows mostly from the token itself"
@@ -1017,10 +985,19 @@ def draw_experts(fig, groups) -> str | None:
 
 
 FIGURES = {  # file: what draws it, its height in inches and that of one group more
-    "coupling": (draw_coupling, 4.6, 0.05), "load": (draw_load, 4.6, 0.5),
-    "similarity": (draw_similarity, 4.6, 0.25), "common_mode": (draw_common_mode, 3.8, 0.15),
-    "alignment": (draw_alignment, 2.0, 0.3), "training": (draw_training, 6, 0.05),
-    "gradients": (draw_gradients, 2.8, 0.25), "experts": (draw_experts, 7, 0)}
+    "coupling.png": (draw_coupling, 4.6, 0.05), "load.png": (draw_load, 3.8, 0.15),
+    "similarity.png": (draw_similarity, 3.6, 0), "alignment.png": (draw_alignment, 1.6, 0.3),
+    "common_mode.png": (draw_common_mode, 3.8, 0.15), "training.png": (draw_training, 6, 0.05),
+    "gradients.png": (draw_gradients, 2.8, 0.25), "experts.png": (draw_experts, 7, 0)}
+
+
+@contextmanager
+def naming(path: Path):
+    """Of a full disk, Python does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror or error}).") from error
 
 
 def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
@@ -1031,14 +1008,15 @@ def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
     rcParams["text.parse_math"] = False  # a $ in a name or a token is a $
     paths = []
     for name, (draw, height, more) in FIGURES.items():
-        path = out_dir / f"{name}.png"
-        fig = Figure(figsize=(9, height + more * len(groups)), layout="constrained")
+        path = out_dir / name
+        fig = Figure(figsize=(9, height + more * len(groups)), layout="compressed")
         title = draw(fig, groups)
         if title is None:
             path.unlink(missing_ok=True)  # that of an earlier analysis
             continue
         fig.suptitle(title, fontsize=13)
-        fig.savefig(path, dpi=150)
+        with naming(path):
+            fig.savefig(path, dpi=150)
         paths.append(path)
     return paths
 
@@ -1080,6 +1058,22 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def make_out_dir(name: str) -> Path:
+    """Before the work, which may take an hour: can its result be kept there, and may it?"""
+    out_dir = Path(name).expanduser()
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+    except OSError as error:
+        raise ValueError(f"--out_dir={out_dir} is no folder to write to ({error.strerror}); name "
+                         "another.") from error
+    figures = [figure for figure in FIGURES if (out_dir / figure).exists()]
+    if figures and not list(out_dir.glob("metrics*.json")):
+        raise ValueError(f"{out_dir} holds {figures[0]}, but no metrics.json, so it is not of an "
+                         "analysis and is left as it is; name another --out_dir.")
+    return out_dir
+
+
 def read_metrics(path: Path) -> dict[str, dict]:
     """A metrics.json -> {name of a run: its metrics}."""
     try:
@@ -1091,20 +1085,28 @@ def read_metrics(path: Path) -> dict[str, dict]:
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None
 
 
+def replace_metrics(path: Path, new: Path, runs: dict) -> None:
+    """`new` becomes `path`. What lies there goes aside if it holds runs that the new one lacks."""
+    try:
+        lost = path.exists() and not read_metrics(path).keys() <= runs.keys()
+    except ValueError:  # who knows what it holds
+        lost = True
+    if lost:
+        aside = (path.with_name(f"metrics-{n}.json") for n in count(1))
+        kept = path.rename(next(free for free in aside if not free.exists()))
+        print(f"{path} held other runs: it is {kept} now.", file=sys.stderr)
+    os.replace(new, path)  # a reader sees the old file or the new one
+
+
 def main(argv: list[str]) -> None:
-    args, runs, left_out = parse_args(argv), {}, []
+    args, runs = parse_args(argv), {}
     sources = [Path(run).expanduser() for run in args.run]
-    if not (sources or args.hf):
-        sources = sorted(path.parent for path in Path("out").rglob("ckpt.pt"))
     models = [Path(name).expanduser() for name in args.hf]
     if not (sources or models):
+        sources = sorted(path.parent for path in Path("out").rglob("ckpt.pt"))
+    if not (sources or models):
         raise ValueError("there is no run under out/; train one with python train.py.")
-    out_dir = Path(args.out_dir).expanduser()
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out_dir={out_dir} cannot be a folder ({error.strerror}); name "
-                         "another.") from error
+    out_dir = make_out_dir(args.out_dir)
     for source in {path.resolve(): path for path in (*sources, *models)}.values():  # each once
         notes = []
         try:
@@ -1120,19 +1122,15 @@ def main(argv: list[str]) -> None:
         except torch.OutOfMemoryError:
             notes = [f"{source} is left out: it needs more memory than {args.device} has."]
         except (ValueError, OSError) as error:
-            left_out.append(source.resolve())
             notes = [f"{source} is left out: {' '.join(str(error).split())}"]  # on one line
         for note in notes:
             print(note, file=sys.stderr)
     if not runs:
         raise ValueError("no run is left to analyze.")
 
-    path = out_dir / "metrics.json"
-    if path.resolve() in left_out:
-        raise ValueError(f"{path} could not be read and is not replaced; name another --out_dir.")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(runs) + "\n")
-    os.replace(temporary, path)  # a reader sees the old file or the new one
+    path, new = out_dir / "metrics.json", out_dir / "metrics.new.json"
+    with naming(new):
+        new.write_text(json.dumps(runs) + "\n")
     groups, notes = group_runs(runs)
     print(markdown_table([(name, [run]) for name, run in runs.items()]), differing_settings(groups),
           *notes, sep="\n\n")
@@ -1148,6 +1146,9 @@ def main(argv: list[str]) -> None:
     except ImportError:
         print("matplotlib is missing: for the figures run pip install matplotlib, then this "
               "command again.", file=sys.stderr)
+    except OSError as error:
+        raise OSError(f"{error} The numbers are in {new}.") from error
+    replace_metrics(path, new, runs)
     print(f"\nWrote {', '.join(map(str, [path, *figures]))}.")
 
 

@@ -1591,18 +1591,12 @@ def test_selected_ratio_compares_selected_with_unselected_pairs(indices, ratio):
     assert found.item() == pytest.approx(ratio)
 
 
-def test_expert_gates_set_to_the_router_row_have_alignment_one():
-    directions = torch.eye(4, 10)
-    w_gate = directions[:, None].repeat(1, 6, 1) * torch.tensor([1.0, 2, 3, 4, 5, -1])[:, None]
-    matched, mismatched = analyze.alignment(directions, w_gate)
+def test_alignment_is_that_with_the_top_right_singular_vector_not_with_the_mean_row():
+    rows = torch.eye(4, 10)
+    w_gate = torch.stack([5 * rows, -5 * rows, rows[[1, 2, 3, 0]]], dim=1)  # mean row: another's
+    matched, mismatched = analyze.alignment(rows, w_gate)                # (4, 10), (4, 3, 10)
     assert matched.item() == pytest.approx(1) and mismatched.item() == pytest.approx(0, abs=1e-6)
-
-
-def test_alignment_uses_the_top_right_singular_vector_not_the_mean_row():
-    top, other = torch.eye(6)[:2]
-    w_gate = torch.stack([5 * top, -5 * top, other])[None]  # (1, 3, 6): the mean row is `other`
-    matched, mismatched = analyze.alignment(top[None], w_gate)
-    assert matched.item() == pytest.approx(1) and mismatched.isnan()
+    assert analyze.alignment(rows[:1], w_gate[:1])[1].isnan()
 
 
 def test_unrouted_gradient_share_of_a_hand_made_gradient():
@@ -1612,12 +1606,9 @@ def test_unrouted_gradient_share_of_a_hand_made_gradient():
     assert analyze.unrouted_gradient_share(gradient * 0, indices).isnan()
 
 
-def test_token_information_of_a_router_that_knows_the_id_alone_is_the_entropy_of_its_choice():
+def test_token_information_is_the_entropy_of_a_choice_by_the_id_alone_and_0_of_a_random_one():
     ids = torch.arange(16).repeat(1000)  # 16,000 tokens, four ids to an expert: entropy 2 bits
     assert analyze.token_information(ids, ids % 4, 4).item() == pytest.approx(2, abs=0.01)
-
-
-def test_token_information_of_a_random_router_is_zero():
     torch.manual_seed(0)
     ids, experts = torch.randint(100, (16384,)), torch.randint(16, (16384,))
     # by accident there are 99 * 15 / (2 * 16384 * ln 2) = 0.065 bits; what is left differs from
@@ -1655,9 +1646,10 @@ def test_expert_colors_are_different_and_black_text_on_them_is_readable():
 def a_run(perplexity=4.0, seed=1, step=6, val_tokens=512, **settings):
     """What metrics.json says of a run, as far as the tables need it."""
     settings = {"router": "aux", "seed": seed, "max_iters": 6, "top_k": 2, "z_loss_coef": 0.0,
-                "data_sha256": "a", "out_dir": f"out/{seed}"} | settings
+                "data_sha256": "a", "val_sha256": "a", "block_size": 16, "batch_size": 1,
+                "gradient_accumulation_steps": 1, "out_dir": f"out/{seed}"} | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
-            "val_sha256": "a", "val_tokens": val_tokens, "settings": settings}
+            "val_tokens": val_tokens, "settings": settings}
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_group_named_after_their_folder():
@@ -1669,10 +1661,11 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group_named_after_their_fold
 
 
 @pytest.mark.parametrize("change", [{"data_sha256": "b"}, {"step": 3}, {"top_k": 4}])
-def test_other_data_length_or_settings_are_another_group_and_its_label_says_so(change):
+def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(change):
     groups, _ = analyze.group_runs({"aux-1": a_run(), "aux-2": a_run(seed=2, **change)})
+    assert [group.label for group in groups] == ["aux-1", "aux-2"]  # not both `aux`
     (name, value), = change.items()
-    assert groups[1].label == f"aux, {name}={value}" and len(groups) == 2
+    assert f"{name} {value} (aux-2)" in analyze.differing_settings(groups)
 
 
 def test_a_copied_run_is_named_and_not_averaged():
@@ -1857,13 +1850,10 @@ def change_checkpoint(source, folder, **changes):
     return folder
 
 
-def test_without_arguments_every_run_is_measured(analysis):
+def test_without_arguments_every_run_has_every_metric_with_its_value_by_layer(analysis):
     assert set(analysis[2]) == {"aux-1", "aux-2", "lossfree-1", "kmeans-1"}
-    assert all(run["tokens"] == 512 for run in analysis[2].values())  # 500, up to whole sequences
-
-
-def test_every_metric_is_there_with_its_value_by_layer(analysis):
     for run in analysis[2].values():
+        assert run["tokens"] == 512  # 500, up to whole sequences
         for key in METRICS:
             assert run[key] == pytest.approx(sum(run[f"{key}_by_layer"]) / 2)
         assert len(run["coupling_by_rank"]) == 8
@@ -1890,7 +1880,7 @@ def test_a_run_that_was_stopped_is_evaluated_on_the_same_tokens(analysis, workpl
         assert found[key] == pytest.approx(analysis[2]["aux-1"][key])
 
 
-def test_the_table_has_a_row_a_run_and_the_papers_numbers_with_their_source_last(analysis):
+def test_the_tables_have_a_row_a_run_or_group_and_last_the_papers_numbers_with_their_source(analysis):
     table = analysis[0].stdout.split("\n\n")[0].splitlines()
     assert [line.split(" | ")[0] for line in table] == [
         "| run", "| ---", "| aux-1", "| aux-2", "| kmeans-1", "| lossfree-1", "| **paper** (1B)"]
@@ -1898,9 +1888,6 @@ def test_the_table_has_a_row_a_run_and_the_papers_numbers_with_their_source_last
     for number in ("2.2 %", "0.008", "three times", "0.43 (third-party digest)",
                    "0.037 (third-party digest)"):
         assert number in table[-1]
-
-
-def test_several_seeds_get_a_table_of_means_with_spread(analysis):
     means = analysis[0].stdout.split("over seeds:")[1]
     assert "| aux | aux | 1, 2 | 6 |" in means and "±" in means
 
@@ -1909,28 +1896,28 @@ def test_several_seeds_get_a_table_of_means_with_spread(analysis):
 def test_the_figure_is_not_blank_and_is_drawn_again_from_metrics_json_alone(
         analysis, tmp_path_factory, name):
     read = pytest.importorskip("matplotlib.image").imread
-    image = read(analysis[1] / f"{name}.png")
+    image = read(analysis[1] / name)
     assert image.shape[1] == 1350 and (image[..., :3] < 0.9).any(axis=-1).mean() > 0.02  # ink
     again = tmp_path_factory.getbasetemp() / "again"  # no data and no run there
     if not again.exists():
         again.mkdir()
         analyze_in(again, analysis[1] / "metrics.json", "--out_dir=.")
-    assert np.array_equal(image, read(again / f"{name}.png"))
+    assert np.array_equal(image, read(again / name))
 
 
 def test_a_model_that_is_not_ours_gets_all_that_its_layers_show_and_nothing_else(tmp_path):
     ids, layers = analyze.observe_layers(small_model("none"), [tokens(64)], torch.ones(2, 8))
     layers = [layer._replace(activations=layer.activations[:1]) for layer in layers]  # no up
     run = analyze.measure(analyze.Observed(
-        "olmo", {"router": "olmoe", "seed": None}, None, None, ids,
-        lambda token: chr(97 + token % 26), layers, [], {}, {}, []))
-    assert run["perplexity"] is None and run["coupling_by_rank"] and run["text"]
-    assert "| olmo | olmoe | – | – | – |" in analyze.markdown_table([("olmo", [run])])
+        "olmo", {"router": "olmoe", "seed": None, "val_sha256": "a", "block_size": 1024}, None, 0.0,
+        1024, ids, lambda token: chr(97 + token % 26), layers, [], {}, []))
+    assert run["perplexity"] == 1 and run["coupling_by_rank"] and run["text"]
+    assert "| olmo | olmoe | – | – | 1 |" in analyze.markdown_table([("olmo", [run])])
     pytest.importorskip("matplotlib")
     (tmp_path / "gradients.png").write_text("of an earlier analysis")
     analyze.draw_figures(analyze.group_runs({"olmo": run})[0], tmp_path)
-    assert {path.stem for path in tmp_path.glob("*.png")} == analyze.FIGURES.keys() - {
-        "training", "gradients"}
+    assert {path.name for path in tmp_path.glob("*.png")} == analyze.FIGURES.keys() - {
+        "training.png", "gradients.png"}
 
 
 def test_a_title_claims_only_what_the_numbers_show(analysis):
@@ -1975,7 +1962,9 @@ def test_broken_runs_get_a_sentence_each_and_the_others_are_done(workplace, tmp_
 @pytest.mark.parametrize("flags, sentence", [
     (["nowhere"], "no run is left"), (["--tokens=0"], "--tokens must be positive"),
     (["--tokens=many"], "--tokens"), (["--device=abacus"], "not a device"),
-    (["--figures"], "--figures"), (["--out_dir=out/aux-1/ckpt.pt"], "cannot be a folder")])
+    (["--figures"], "--figures"),
+    (["--out_dir=out/aux-1/ckpt.pt"], "is no folder to write to"),
+    (["--out_dir=/proc"], "--out_dir=/proc is no folder to write to")])
 def test_a_users_mistake_is_a_sentence_and_exit_code_2(workplace, flags, sentence):
     done = run_script("analyze.py", *flags, cwd=workplace)
     assert done.returncode == 2
@@ -2168,17 +2157,6 @@ def test_one_of_our_runs_as_a_qwen3_moe_checkpoint_gives_the_numbers_of_the_run(
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-4)
 
 
-@NEEDS_TRANSFORMERS
-def test_a_router_row_equal_to_the_gate_direction_of_its_expert_has_alignment_1(tmp_path):
-    model = make_hf("olmoe")
-    for block in model.model.layers:
-        gate = block.mlp.experts.gate_up_proj[:, :H].detach()            # (E, H, C)
-        block.mlp.gate.weight.data.copy_(3 * torch.linalg.svd(gate).Vh[:, 0])
-    run = observe_hf(save_hf(tmp_path, model))
-    for layer in run.layers:
-        assert layer_metrics(layer, run.tokens)["alignment_matched"].item() == pytest.approx(1)
-
-
 @pytest.mark.parametrize("back_end", ["eager", "batched_mm", "grouped_mm"])
 @NEEDS_TRANSFORMERS
 def test_the_back_end_of_the_experts_does_not_change_what_is_seen(back_end, tmp_path, monkeypatch):
@@ -2298,8 +2276,9 @@ def test_models_are_analysed_alone_and_beside_runs_and_a_bad_one_spoils_no_other
     assert list(runs) == ["aux-1", "olmoe"] and runs["olmoe"]["coupling_spearman"] is not None
     assert runs["olmoe"].get("coupling_spearman_swiglu") is None and not runs["olmoe"]["log"]
     # sequences of 16 bytes hold no line of text to show
-    drawn = {path.stem for path in (workdir / "out/analysis").glob("*.png")}
-    assert drawn == set(analyze.FIGURES) - {"experts"}
+    drawn = {path.name for path in (workdir / "out/analysis").glob("*.png")}
+    assert drawn == set(analyze.FIGURES) - {"experts.png"}
+    assert set(json.loads(Path("out/analysis/metrics-1.json").read_text())) == {"olmoe", "gpt_oss"}
 
 
 # ---------------------------------------------------------------- the lesson
@@ -2372,11 +2351,81 @@ def test_runs_on_other_validation_text_or_with_changed_settings_are_never_one_gr
         train.main(["--out_dir=out/run-1", "--resume", "--max_iters=9"])
 
 
-def test_a_metrics_json_that_cannot_be_read_is_not_replaced(workdir):
-    run_train("--out_dir=out/a", "--max_iters=1")
-    Path("metrics.json").write_text("{broken")
-    done = run_script("analyze.py", "metrics.json", "out/a", "--tokens=64", "--out_dir=.")
-    assert done.returncode == 2 and Path("metrics.json").read_text() == "{broken"
+def logged(values, seed=1, tokens=(64, 64, 512), **settings):
+    """A run with evaluations at steps 0, 3, 6: val_loss `values` on so many validation tokens."""
+    return a_run(seed=seed, **settings) | {"log": [
+        {"step": step, "val_tokens": n, "coupling_spearman": 0.0} | dict.fromkeys(
+            ("val_loss", "perplexity", "load_std"), value)
+        for step, value, n in zip((0, 3, 6), values, tokens)]}
+
+
+def drawn(runs):
+    """-> for each panel of training.png: {label of a curve: its values}"""
+    figure = pytest.importorskip("matplotlib.figure").Figure(layout="constrained")
+    analyze.draw_training(figure, analyze.group_runs(runs)[0])
+    return [{line.get_label(): line.get_ydata().tolist() for line in ax.get_lines()
+             if line.get_marker() != "None"} for ax in figure.axes]
+
+
+def test_a_curve_holds_evaluations_on_the_same_tokens_alone():
+    perplexity, _, load, coupling = drawn({"a": logged([4.0, 3.0, 1.0])})
+    assert perplexity == load == {"a": [4, 3]} and coupling == {"a": [0, 0, 0]}
+
+
+@pytest.mark.parametrize("other", [
+    dict(seed=2), dict(val_sha256="b"), dict(block_size=32), dict(tokens=(512, 512, 512))])
+def test_losses_are_subtracted_only_on_the_same_tokens_and_seed(other):
+    runs = {"lossfree": logged([4, 3, 1], router="lossfree"), "pair": logged([4, 5, 1]),
+            "other": logged([4, 5, 1], **{"router": "kmeans"} | other)}
+    assert drawn(runs)[1] == {"lossfree": [0], "pair": [2]}
+
+
+def test_a_setting_that_the_router_does_not_use_makes_no_other_experiment():
+    runs = {"aux-1": a_run(ema_decay=0.9), "aux-2": a_run(seed=2, ema_decay=0.5),
+            "kmeans-1": a_run(router="kmeans", aux_loss_coef=1.0, ema_decay=0.5),
+            "kmeans-2": a_run(seed=2, router="kmeans", aux_loss_coef=2.0, ema_decay=0.5)}
+    groups, _ = analyze.group_runs(runs)
+    assert [len(group.runs) for group in groups] == [2, 2]
+    assert "router and seed alone" in analyze.differing_settings(groups)
+    assert len(analyze.paired_differences(groups)) == 1
+    for router in ("kmeans", "mine"):  # who uses it, or may
+        runs = {"a": a_run(router=router, ema_decay=0.9), "b": a_run(router=router, ema_decay=0.5)}
+        assert len(analyze.group_runs(runs)[0]) == 2
+
+
+def test_a_folder_with_a_figure_of_somebody_else_is_refused_and_untouched(workplace, tmp_path):
+    (tmp_path / "experts.png").write_text("mine")
+    done = run_script("analyze.py", "out/aux-1", f"--out_dir={tmp_path}", cwd=workplace)
+    assert done.returncode == 2 and "holds experts.png, but no metrics.json" in done.stderr
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_metrics_json_with_other_runs_or_unreadable_goes_aside(analysis, tmp_path, capsys):
+    path = tmp_path / "metrics.json"
+    for i, old in enumerate(["{broken", json.dumps(analysis[2])], 1):
+        path.write_text(old)
+        (tmp_path / "one.json").write_text(json.dumps({"aux-1": analysis[2]["aux-1"]}))
+        for _ in range(2):  # the second time there is nothing to lose
+            analyze.main([str(tmp_path / "one.json"), f"--out_dir={tmp_path}"])
+        assert (tmp_path / f"metrics-{i}.json").read_text() == old
+        assert capsys.readouterr().err.count("held other runs: it is") == 1
+    assert list(json.loads(path.read_text())) == ["aux-1"]
+    assert len(list(tmp_path.glob("metrics*.json"))) == 3
+
+
+@pytest.mark.parametrize("file", ["metrics.new.json", "load.png"])
+def test_what_cannot_be_written_is_named_and_the_old_metrics_json_stays(
+        analysis, tmp_path, file):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.json").write_text("old")
+    if Path("/dev/full").exists():
+        (tmp_path / file).symlink_to("/dev/full")  # a disk without room
+    else:
+        (tmp_path / file).mkdir()
+    done = run_script("analyze.py", analysis[1] / "metrics.json", f"--out_dir={tmp_path}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{tmp_path}/{file} could not be written (" in done.stderr
+    assert (tmp_path / "metrics.json").read_text() == "old"
 
 
 # ---------------------------------------------------------------- the README
