@@ -513,9 +513,8 @@ def favourite_tokens(tokens: Tensor, experts: Tensor, E: int, text: Callable) ->
     lift = lift.masked_fill(counts.sum(1, keepdim=True) < 20, 0.0).nan_to_num()
     best = lift.topk(min(5, len(ids)), dim=0)                            # (5, E)
 
-    def written(token: int) -> str:  # as one writes it: \n, ' ', def
-        piece = text(token).replace("\n", "\\n")
-        return piece if piece == piece.strip() else f"'{piece}'"
+    def written(token: int) -> str:  # as one can see it: \n, ␣, def
+        return text(token).replace("\n", "\\n").replace(" ", "␣")
 
     return [[written(ids[i].item()) for value, i in zip(values, places) if value > 1]
             for values, places in zip(best.values.t(), best.indices.t())]
@@ -796,12 +795,14 @@ def draw_coupling(fig, groups) -> str:
     ax = fig.subplots()
     for group in groups:
         draw_line(ax, group, group.values("coupling_by_rank"))
-    ax.axhline(1, **CHANCE, label="no coupling")
-    ax.set(xlabel="rank that the router gives the expert (1: highest score)",
-           ylabel="||W_gate x||, the norm of the gate's\npre-activation (1: mean over tokens)")
+    ax.axhline(1, color="0.6", linewidth=1, label="average, as without any coupling", zorder=0)
+    ax.set_xticks(sorted({1, *ax.get_xticks()} - {0}))
+    ax.set(xlabel="rank of the expert for a token (1: the router's first choice)",
+           xlim=(0.5, max(len(group.mean("coupling_by_rank")) for group in groups) + 0.5),
+           ylabel="reaction of the expert, ||W_gate x||\n(1: its average over all tokens)")
     add_legend(fig, ax)
     if all(group.mean("coupling_by_rank").argmax() == 0 for group in groups):
-        return "Experts react most to the tokens their router ranks first"
+        return "Experts react most to the tokens for which the router ranks them first"
     return "How strongly experts react, by the rank that their router gives them"
 
 
@@ -881,8 +882,10 @@ def draw_training(fig, groups) -> str | None:
         return None
     (a, b), (c, d) = fig.subplots(2, 2)
     for group in groups:
-        for ax, key in ((a, "perplexity"), (c, "load_std"), (d, "coupling_spearman")):
+        for ax, key in ((a, "perplexity"), (d, "coupling_spearman")):
             draw_curves(ax, group, [curve(run, key) for run in group.runs])
+        draw_curves(c, group, [{step: std * run["n_expert"] for step, std in curve(
+            run, "load_std").items()} for run in group.runs])
     base = next((group for group in groups if group.runs[0]["router"] == "lossfree"), groups[0])
 
     def measured(run):  # losses are subtracted where this is the same
@@ -899,7 +902,7 @@ def draw_training(fig, groups) -> str | None:
                                     if step in other and step} for mine, other in pairs])
     a.set(ylabel="validation perplexity")
     b.set(ylabel=f"validation loss\nminus that of {base.label} (nats)")
-    c.set(ylabel="Std of the load share")
+    c.set(ylabel="Std of the load / even load")
     d.set(ylabel="Spearman of score and activation")
     d.axhline(0, **CHANCE)
     plain_log(a, "y")
@@ -944,7 +947,7 @@ def draw_experts(fig, groups) -> str | None:
     if not groups:
         return None
     fig.set_layout_engine("none")
-    width, left, right, height = 70, 0.02, 0.67, 0.9 / len(groups)
+    width, left, right, height = 70, 0.02, 0.67, 0.89 / len(groups)
     # a character of this font is 0.602 of its size wide
     font = dict(family="DejaVu Sans Mono", va="center_baseline",
                 size=fig.get_figwidth() * (right - left) * 72 / width / 0.602)
@@ -958,8 +961,8 @@ def draw_experts(fig, groups) -> str | None:
     for i, group in enumerate(groups):
         run = group.runs[0]
         colors = expert_colors(run["n_expert"])
-        ax = panel((left, 0.92 - (i + 1) * height, right - left, height - 0.035), (0, width),
-                   (8, 0), f"{group.label}, layer {run['middle_depth']}")
+        ax = panel((left, 0.9 - (i + 1) * height, right - left, height - 0.035), (0, width),
+                   (8, 0), group.label)
         for y, line in enumerate(run["text"]):
             x = 0
             for text, expert in line:
@@ -971,17 +974,19 @@ def draw_experts(fig, groups) -> str | None:
     run = named.runs[0]
     E = run["n_expert"]
     font["size"] = min(font["size"], 5.6 * 72 / E / 1.2)
-    ax = panel((right + 0.02, 0.02, 0.96 - right, 0.865), (0, 34), (E, 0), "Which tokens each "
-               f"expert of {named.label}\n(seed {run['seed']}) gets more than its share of")
+    ax = panel((right + 0.02, 0.02, 0.96 - right, 0.84), (0, 34), (E, 0), "Tokens that each expert "
+               f"of {named.label}\ngets most above its share (best first)")
     for expert, (color, texts) in enumerate(zip(expert_colors(E), run["favourite_tokens"])):
         ax.barh(expert + 0.5, 3, 0.92, color=color)
         ax.text(0.5, expert + 0.5, f"{expert:2}", **font)
         ax.text(4, expert + 0.5, "  ".join(text[:10] for text in texts)[:32], **font)
-    if len({group.runs[0]["settings"]["val_sha256"] for group in groups}) > 1:
-        return "Each token on the colour of its first expert"
-    if all(g.mean("token_information") > 0.5 * g.mean("token_entropy") for g in groups):
-        return "Which expert a token goes to follows mostly from the token itself"
-    return "The same text under each router, each token on the colour of its first expert"
+    fig.text(left, 0.925, f"Each token on the colour of the expert it goes to first, in layer "
+             f"{run['middle_depth']} of 0 to {run['depth'][-1]}. Colours compare within one panel "
+             "only.", fontsize=10)
+    known = [group.mean("token_information") / group.mean("token_entropy") for group in groups]
+    return (f"The token alone tells {min(known):.0%} to {max(known):.0%} of the choice of its "
+            "expert" if min(known) < max(known) else
+            f"The token alone tells {known[0]:.0%} of the choice of its expert")
 
 
 FIGURES = {  # file: what draws it, its height in inches and that of one group more

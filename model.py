@@ -153,6 +153,7 @@ class Experts(torch.autograd.Function):
 
         dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
         dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H) of gate * h
+        # autograd takes it on to the logits; times x_t, it becomes the gradient of the router row
         dgates = (dgh * h).sum(1, dtype=gates.dtype)[inverse]            # (N, K)
         dh = gate * dgh                                                  # (N*K, H)
         da = torch.ops.aten.silu_backward(dh * b, a)                     # (N*K, H)
@@ -415,12 +416,12 @@ def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor | None = None,
     E, H, _ = w_gate.shape
     norms = []
     for chunk in x.split(max(1, budget // (E * H))):                     # (n, C)
-        gate = (chunk @ w_gate.flatten(0, 1).t()).view(-1, E, H)         # (n, E, H)
-        parts = [gate.norm(dim=-1)]                                      # (n, E)
+        a = (chunk @ w_gate.flatten(0, 1).t()).view(-1, E, H)            # (n, E, H)
+        parts = [a.norm(dim=-1)]                                         # (n, E)
         if w_up is not None:
-            up = (chunk @ w_up.flatten(0, 1).t()).view(-1, E, H)         # (n, E, H)
-            silu = F.silu(gate)
-            parts += [silu.norm(dim=-1), (silu * up).norm(dim=-1)]
+            b = (chunk @ w_up.flatten(0, 1).t()).view(-1, E, H)          # (n, E, H)
+            silu = F.silu(a)
+            parts += [silu.norm(dim=-1), (silu * b).norm(dim=-1)]
         norms.append(torch.stack(parts))
     return torch.cat(norms, dim=1)
 

@@ -34,8 +34,8 @@ class Routing(NamedTuple):
     indices: Tensor   # (N, K) int64: the experts of each token, best first
     gates: Tensor     # (N, K) float32: their weights; each row sums to 1
     aux_loss: Tensor  # scalar float32, to be added to the training loss
-    logits: Tensor    # (N, E) float32: raw scores, of which the gates are made
-    scores: Tensor    # (N, E) float32: what the selection goes by, before any bias
+    logits: Tensor    # (N, E) float32: before softmax or sigmoid; the gates are made of these
+    scores: Tensor    # (N, E) float32: after it; the selection compares these, plus any bias
 
 
 class Router(nn.Module):
@@ -58,7 +58,7 @@ class Router(nn.Module):
             logits, scores = self.score(x)                   # (N, E), (N, E)
             with torch.no_grad():                            # a selection has no gradient
                 indices = self.select(scores)                # (N, K)
-                # (N, E), 1 where the token goes; a row's experts differ: no entry is written twice
+                # (N, E), 1 where the token goes: the K experts of a token are distinct
                 assigned = torch.zeros_like(logits).scatter_(1, indices, 1.0)
                 if self.training:
                     self.count(x, assigned)
@@ -133,8 +133,9 @@ class LearnedRouter(Router):
     With K = 1 the gate is always 1 and that gradient 0: such a row never learns from the loss.
 
     The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) keeps logits small; its coefficient is 0 by
-    default. It pushes every row along -x, on every token: a common mode. With softmax scores the
-    other losses' gradients have none: at the logits they sum to zero over the experts."""
+    default. Its gradient has one sign at all logits of a token, so it moves all rows the same way:
+    a common mode. With softmax scores the gradients of the language model and of the Switch loss
+    have none: over the experts they sum to zero."""
 
     def __init__(self, config):
         super().__init__(config)

@@ -660,7 +660,7 @@ def test_the_main_command_prepares_its_corpus_trains_samples_and_sums_up(tmp_pat
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "data/stdlib/meta.json").exists()
     *_, perplexity, load, place = done.stdout.splitlines()
-    assert perplexity.startswith("validation perplexity ") and load.startswith("load Std ")
+    assert perplexity.startswith("validation perplexity ") and load.startswith("load CV ")
     assert place == "the run lies in out/kmeans; next: python analyze.py out/kmeans"
     assert "validation text" in done.stdout and "the model goes on" in done.stdout
     model, checkpoint = load_checkpoint(tmp_path / "out/kmeans/ckpt.pt")
@@ -1622,7 +1622,7 @@ def test_favourite_tokens_come_by_lift_and_only_from_those_seen_often_enough():
     text = {7: "def", 8: " ", 9: "rare", 5: "\n"}.get
     # expert 0 has 70 of 109 tokens: lift of 7 is 1.56, of 8 and 5 1.04; of 9 nothing is said
     found = analyze.favourite_tokens(ids, experts, 3, text)
-    assert found[0][0] == "def" and set(found[0][1:]) == {"' '", r"\n"}
+    assert found[0][0] == "def" and set(found[0][1:]) == {"␣", r"\n"}
     assert found[1:] == [[], []]  # expert 2 got no token
 
 
@@ -1922,8 +1922,8 @@ def test_a_model_that_is_not_ours_gets_all_that_its_layers_show_and_nothing_else
 
 def test_a_title_claims_only_what_the_numbers_show(analysis):
     figure = pytest.importorskip("matplotlib.figure").Figure
-    for curve, title in ((range(8, 0, -1), "Experts react most to the tokens their router ranks "
-                          "first"), (range(8), "How strongly experts react")):
+    for curve, title in ((range(8, 0, -1), "Experts react most to the tokens for which "
+                          "the router"), (range(8), "How strongly experts react")):
         run = analysis[2]["aux-1"] | {"coupling_by_rank": list(curve)}
         groups, _ = analyze.group_runs({"aux-1": run})
         assert analyze.draw_coupling(figure(layout="constrained"), groups).startswith(title)

@@ -492,11 +492,11 @@ def finish(model, data, step: int, metrics: dict, machine: Machine, c: TrainConf
         print(f"{rule} validation text {rule}\n{printable(tokenizer, idx[:len(start)])}\n"
               f"{rule} the model goes on {rule}\n{printable(tokenizer, idx[len(start):])}\n"
               f"{'-' * 80}")
-    collapsed = (1 / c.top_k / c.n_expert - 1 / c.n_expert**2) ** 0.5
+    collapsed = (c.n_expert / c.top_k - 1) ** 0.5
     print(f"validation perplexity {metrics['perplexity']:.3f} a token "
           f"({metrics['val_loss']:.3f} nats)")
-    print(f"load Std {metrics['load_std']:.4f} (even load: 0, all tokens to {c.top_k} experts: "
-          f"{collapsed:.4f})")
+    print(f"load CV {c.n_expert * metrics['load_std']:.3f} (even load: 0, all tokens to {c.top_k} "
+          f"experts: {collapsed:.3f})")
     print(f"the run lies in {c.out_dir}; next: {command('analyze', c.out_dir)}")
 
 
@@ -510,7 +510,7 @@ def command(script: str, *flags: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    c, _ = parse_args(argv)
+    c, _ = parse_args(argv)  # for out_dir and device; what counts is read under the lock
     if c.bench:
         return bench(c)
     machine = set_up(c)
@@ -518,7 +518,7 @@ def main(argv: list[str]) -> None:
     master, out_dir = rank == 0, Path(c.out_dir)
     log_path, checkpoint_path = out_dir / "log.jsonl", out_dir / "ckpt.pt"
     held = lock(out_dir) if master else None  # until the process ends
-    c, checkpoint = parse_args(argv)  # again: until the lock, another run may have been there
+    c, checkpoint = parse_args(argv)  # until now, another run may have been there
     data = open_data(c, machine)
     torch.manual_seed(c.seed)  # the same weights on every rank
     raw_model = SMoETransformer(c).to(device)
