@@ -89,8 +89,8 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
     train_sha256, val_sha256 = (data.meta["sha256"][f"{split}.bin"] for split in ("train", "val"))
     settings = checkpoint["config"] | {
         "data_sha256": checkpoint["data_sha256"],
-        "val_sha256": checkpoint.get("val_sha256", val_sha256) if evaluation else val_sha256,
-        "history": str(checkpoint.get("history", []))}  # what a --resume has changed on the way
+        "val_sha256": checkpoint["val_sha256"] if evaluation else val_sha256,
+        "history": str(checkpoint["history"])}  # max_iters that a --resume has changed on the way
     log, notes = [r for r in read_log(folder / "log.jsonl") if "val_loss" in r], []
     if not log:
         notes.append(f"{folder}/log.jsonl holds no evaluation: no curves of this run.")
@@ -573,8 +573,8 @@ def measure(run: Observed) -> dict:
 # ---------------------------------------------------------------- groups and tables
 
 # What runs may differ in whose numbers are averaged: the seed, and settings that change no number.
-# Not the same as train.INCIDENTAL, what a run may change on its way: that has dtype and the sizes
-# of the evaluations too, and numbers depend on these.
+# Not the same as train.INCIDENTAL, what a run may change on its way: that has the sizes of the
+# evaluations too, and numbers depend on these.
 AVERAGED_OVER = {"seed", "out_dir", "device", "compile", "resume", "overwrite", "bench", "config",
                  "eval_interval", "log_interval"}
 USES = {  # which of the routers' settings each of the built-in ones uses; the others it ignores

@@ -452,7 +452,8 @@ def read_checkpoint(path) -> dict:
     missing, damaged or foreign file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        for key in ("model", "optimizer", "step", "config", "data_sha256", "rng"):
+        for key in ("model", "optimizer", "step", "config", "evaluation", "rng", "history",
+                    "data_sha256", "val_sha256", "tokenizer"):
             checkpoint[key]
     except FileNotFoundError:
         raise ValueError(f"{path} is not there; train a model first.") from None
@@ -515,7 +516,7 @@ def main(argv: list[str]) -> None:
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     start = encode(tokenizer, args.start).tolist() or [tokenizer.eot_token]
     experts = []  # the first pass sees the whole start, each later one a token more
-    model.routers()[layer].register_forward_hook(lambda router, args, routing: experts.extend(
+    model.routers()[layer].register_forward_hook(lambda router, inputs, routing: experts.extend(
         routing.indices[-1 if experts else 0:, 0].tolist()))
     idx = model.generate(torch.tensor([start]), args.tokens + 1, args.temperature)[0, :-1]
     if not sys.stdout.isatty():

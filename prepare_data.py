@@ -1,9 +1,8 @@
-"""
-Text in, token files out, batches back: all that lies between a corpus and the training loop.
+"""Text in, token files out, batches back: all that lies between a corpus and the training loop.
 
-$ python prepare_data.py                                          # Python's own library
-$ python prepare_data.py --dataset=book.txt --tokenizer=gpt2      # any text file -> data/book
-$ python prepare_data.py --dataset=notes --glob='*.md' --name=md  # a folder of texts -> data/md
+    python prepare_data.py                                          # Python's own library
+    python prepare_data.py --dataset=book.txt --tokenizer=gpt2      # any text file -> data/book
+    python prepare_data.py --dataset=notes --glob='*.md' --name=md  # a folder of texts -> data/md
 
 writes data/<name>/train.bin and val.bin (token ids, little-endian) and meta.json (what they are).
 A corpus flows through in pieces of text, so memory stays bounded however large it is.
@@ -12,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -248,7 +248,7 @@ def write_tokens(pieces, enc, folder, val_fraction, max_tokens):
     -> (what meta.json says of the files, Counter of documents and of files left out)"""
     dtype = np.dtype("<u2" if enc.n_vocab <= 1 << 16 else "<u4")
     max_tokens = max_tokens or sys.maxsize
-    n_val = round(max_tokens * val_fraction)
+    n_val = max(1, round(max_tokens * val_fraction))
     limit, n = {"train": max_tokens - n_val, "val": n_val}, {"train": 0, "val": 0}
     sha256, counts = {split: hashlib.sha256() for split in n}, Counter()
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
@@ -260,12 +260,13 @@ def write_tokens(pieces, enc, folder, val_fraction, max_tokens):
                 ids = encode(enc, text)
                 if ends:
                     ids = np.append(ids, enc.eot_token)
-                    counts["documents"] += 1
                 ids = ids[:limit[split] - n[split]].astype(dtype)
                 files[split].write(ids)
                 sha256[split].update(ids)
                 n[split] += len(ids)
+                counts["documents"] += ends
                 if n == limit:
+                    counts["documents"] += not ends  # that one was cut short
                     break
     return {"vocab_size": enc.n_vocab, "dtype": dtype.name, "n_train": n["train"],
             "n_val": n["val"], "sha256": {f"{s}.bin": sha256[s].hexdigest() for s in n}}, counts
@@ -360,7 +361,8 @@ def cli(main):
     except (ValueError, OSError) as error:
         sentence, code = error, 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        out_of_memory = re.search("(out of|allocate) memory", str(error))
+        if not (isinstance(error, MemoryError) or out_of_memory):
             raise
         sentence, code = "not enough memory; make the model or the batch smaller.", 2
     except KeyboardInterrupt:

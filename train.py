@@ -99,19 +99,9 @@ PRESETS = {
         learning_rate=4e-4, min_lr=4e-5, warmup_iters=2000, compile=True),
 }
 
-# what makes no other experiment; every other setting that --resume changes is kept in the history
+# what --resume may change beside max_iters: it makes no other experiment
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "eval_interval",
               "eval_tokens", "final_eval_tokens", "log_interval"}
-
-# what --resume cannot change: the shape of the tensors, what the router means, which batches come
-FIXED = ("config", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_expert", "top_k",
-         "d_expert", "router", "score_fn", "dataset", "seed")
-
-
-def boolean(text: str) -> bool:
-    if text not in ("True", "False"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text == "True"
 
 
 def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
@@ -123,14 +113,14 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
     parser = Parser(allow_abbrev=False, description=__doc__.split("\n")[0],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in fields(TrainConfig):
-        kind = {"type": boolean, "nargs": "?", "const": True} if field.type is bool else {
-            "type": field.type}
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
+            "type": field.type, "metavar": field.type.__name__}
         parser.add_argument(f"--{field.name}", default=field.default, help=comments[field.name],
-                            metavar=field.type.__name__, **kind)
+                            **kind)
 
     named, checkpoint = parser.parse_args(argv), None
-    out_dir = Path(named.out_dir or f"out/{named.router}").expanduser()
     if named.resume:
+        out_dir = Path(named.out_dir or f"out/{named.router}").expanduser()
         checkpoint = read_checkpoint(out_dir / "ckpt.pt")
         unknown = checkpoint["config"].keys() - comments.keys()
         if unknown:
@@ -143,31 +133,25 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
         raise ValueError(f"config must be one of {', '.join(PRESETS)}, not {named.config!r}.")
     c = TrainConfig(**vars(parser.parse_args(argv)))
     if checkpoint:
-        note_changes(checkpoint, c)
-    elif not (c.overwrite or c.bench):
-        records = read_log(out_dir / "log.jsonl")  # its checkpoint may have been moved away
-        if (out_dir / "ckpt.pt").exists() or any(r["step"] and "val_loss" in r for r in records):
-            raise ValueError(f"{out_dir} already holds a run; pass --resume to go on with it, "
-                             "--overwrite to start anew, or another --out_dir.")
+        check_resume(checkpoint, c)
     return c, checkpoint
 
 
-def note_changes(checkpoint: dict, c: TrainConfig) -> None:
-    """Adds to the checkpoint's history what --resume changes: [the step until which it held, {name:
-    value}]. Raises ValueError where the run would not be the same any more."""
+def check_resume(checkpoint: dict, c: TrainConfig) -> None:
+    """A run keeps its settings, or it would be another one. A new max_iters, which stretches the
+    cosine of the learning rate, goes into the checkpoint's history: [the step until which it held,
+    the old one]. Raises ValueError."""
     old, step = checkpoint["config"], checkpoint["step"]
-    changed = {name: value for name, value in old.items()
-               if name not in INCIDENTAL and value != getattr(c, name)}
-    for name in FIXED:
-        if name in changed:
+    for name in sorted(old.keys() - INCIDENTAL - {"max_iters"}):
+        if old[name] != getattr(c, name):
             raise ValueError(f"the run in {c.out_dir} was trained with {name} = {old[name]!r} and "
                              f"cannot go on with {getattr(c, name)!r}; name another --out_dir and "
                              "no --resume.")
     if step >= c.max_iters:
         raise ValueError(f"the run in {c.out_dir} has done all its {step} steps; pass a larger "
                          "--max_iters to go on.")
-    history = checkpoint.get("history", [])
-    checkpoint["history"] = history + ([[step, changed]] if changed else [])
+    if old["max_iters"] != c.max_iters:
+        checkpoint["history"].append([step, old["max_iters"]])
 
 
 # ---------------------------------------------------------------- the machine
@@ -202,7 +186,7 @@ def set_up(c: TrainConfig) -> Machine:
     if bfloat16 and (c.n_embd % 8 or c.d_expert % 8):
         raise ValueError(f"n_embd = {c.n_embd} and d_expert = {c.d_expert} must be multiples of 8 "
                          "in bfloat16 (grouped_mm wants rows of 16 bytes); pass --dtype=float32 "
-                         "--compile=False.")
+                         "--no-compile.")
     if world_size > 1:  # gradients travel over nccl, the request to stop over gloo, off the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Machine(device, torch.bfloat16 if bfloat16 else torch.float32,
@@ -301,8 +285,9 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
 
 # ---------------------------------------------------------------- the files of a run
 
-def lock(out_dir: Path):
-    """-> an open file that must stay so: while it does, no other run can be in out_dir."""
+def claim(out_dir: Path, c: TrainConfig):
+    """-> an open file that must stay so: while it does, no other run can be in out_dir. Raises
+    ValueError for a folder that another run is in, or has been in."""
     out_dir.mkdir(parents=True, exist_ok=True)
     file = open(out_dir / "lock", "a")
     try:
@@ -313,6 +298,12 @@ def lock(out_dir: Path):
                          "another --out_dir.") from None
     except (ImportError, OSError):
         pass  # Windows and some network disks have no such lock
+    # now that no other run can change it; the checkpoint of one may have been moved away
+    records = read_log(out_dir / "log.jsonl")
+    holds_run = (out_dir / "ckpt.pt").exists() or any(r["step"] and "val_loss" in r for r in records)
+    if holds_run and not (c.resume or c.overwrite):
+        raise ValueError(f"{out_dir} already holds a run; pass --resume to go on with it, "
+                         "--overwrite to start anew, or another --out_dir.")
     return file
 
 
@@ -328,18 +319,16 @@ def open_data(c: TrainConfig, machine: Machine):
 
 def restore(checkpoint: dict, model, optimizer, data, c: TrainConfig) -> int:
     """-> the step that the run goes on from. Raises ValueError for other data."""
-    sha256 = data.meta["sha256"]
-    if (checkpoint["data_sha256"], checkpoint.get("val_sha256", sha256["val.bin"])) != (
-            sha256["train.bin"], sha256["val.bin"]):
+    sha256 = {"train.bin": checkpoint["data_sha256"], "val.bin": checkpoint["val_sha256"]}
+    if data.meta["sha256"] != sha256:
         raise ValueError(f"data/{c.dataset} is not the data that the run in {c.out_dir} was "
                          "trained on; prepare that again, or name another --out_dir and no "
                          "--resume.")
-    moments = {"state": checkpoint["optimizer"].get("state")}  # betas, weight decay: the flags'
     try:
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(optimizer.state_dict() | moments)
+        optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
-    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+    except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{c.out_dir}/ckpt.pt does not fit this model ({reason}); go on with the "
                          "train.py that wrote it, or train again.") from None
@@ -359,7 +348,7 @@ def write_log(path: Path, records: list[dict], anew: bool) -> None:
 
 def save_checkpoint(path: Path, model, optimizer, step: int, evaluation: dict | None, data,
                     machine: Machine, history: list, c: TrainConfig) -> None:
-    """Writes beside `path`, then renames: whatever happens, what lies at `path` is whole.
+    """Writes beside `path`, then renames: kill it when you like, what lies at `path` is whole.
     `evaluation`: the last one of a run that has done all its steps."""
     config = asdict(c) | {"dtype": str(machine.dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
@@ -446,9 +435,9 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
 
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
     flops, peak = tokens * model.flops_per_token() / t, peak_flops(device, dtype)
-    total, active = model.num_params()
+    n_total, n_active = model.num_params()
     print(f"{hardware}, torch {torch.__version__}, {dtype}{', compiled' if c.compile else ''}")
-    print(f"{c.config}, {c.router}: {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active, "
+    print(f"{c.config}, {c.router}: {n_total / 1e6:.1f}M parameters, {n_active / 1e6:.1f}M active, "
           f"{tokens:,} tokens a step")
     print(f"{t * 1e3:.1f} ms a step ({first:.1f} s the first), {tokens / t:,.0f} tokens/s, "
           f"{flops / 1e12:.3f} TFLOP/s, MFU {f'{flops / peak:.1%}' if peak else 'unknown'}")
@@ -510,15 +499,14 @@ def command(script: str, *flags: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    c, _ = parse_args(argv)  # for out_dir and device; what counts is read under the lock
+    c, checkpoint = parse_args(argv)
     if c.bench:
         return bench(c)
     machine = set_up(c)
     device, dtype, autocast, rank, world_size = machine
     master, out_dir = rank == 0, Path(c.out_dir)
     log_path, checkpoint_path = out_dir / "log.jsonl", out_dir / "ckpt.pt"
-    held = lock(out_dir) if master else None  # until the process ends
-    c, checkpoint = parse_args(argv)  # until now, another run may have been there
+    held = claim(out_dir, c) if master else None  # until the process ends
     data = open_data(c, machine)
     torch.manual_seed(c.seed)  # the same weights on every rank
     raw_model = SMoETransformer(c).to(device)
