@@ -848,17 +848,16 @@ def draw_similarity(fig, groups) -> str:
 
 def draw_common_mode(fig, groups) -> str:
     logged = [group for group in groups if all(run["log"] for run in group.runs)]
-    *left, right = fig.subplots(1, 2 if logged else 1, squeeze=False)[0]
-    for ax in left:
-        for group in logged:
-            draw_curves(ax, group, [curve(run, "router_similarity") for run in group.runs])
-        for group in [group for group in logged if group.runs[0]["router"] == "lossfree"][:1]:
-            ax.axhline(3 * group.mean("router_similarity"), color="0.35", linestyle="--",
-                       label=f"three times {group.label}, nearly what the paper has for aux")
-        for level in {group.mean("router_similarity_chance") for group in logged}:
-            ax.axhline(level, **CHANCE)  # one, unless the models have different widths
-        ax.set(ylim=0, ylabel="mean |cosine| of router directions\n(dotted: chance)")
-        add_legend(fig, ax)
+    left, right = fig.subplots(1, 2)
+    for group in logged:
+        draw_curves(left, group, [curve(run, "router_similarity") for run in group.runs])
+        left.axhline(group.mean("router_similarity_chance"), **CHANCE)
+    lossfree = [group for group in logged if group.runs[0]["router"] == "lossfree"]
+    if lossfree:
+        left.axhline(3 * lossfree[0].mean("router_similarity"), color="0.35", linestyle="--",
+                     label=f"three times {lossfree[0].label}, nearly what the paper has for aux")
+    left.set(ylabel="mean |cosine| of router directions\n(dotted: chance)", ylim=0)
+    add_legend(fig, left)
     draw_points(right, groups, "common_share", "share of the mean hidden state in a router\n"
                 "direction's energy (dotted: chance)", "common_share_chance")
     alike, common = ([group.mean(key) for group in groups]
@@ -939,7 +938,7 @@ def draw_gradients(fig, groups) -> str | None:
 
 
 def draw_experts(fig, groups) -> str | None:
-    named, panels = groups[-1], {}
+    last, panels = groups[-1], {}
     for group in groups:
         if group.runs[0]["text"]:
             panels.setdefault(group.runs[0]["router"], group)
@@ -947,42 +946,37 @@ def draw_experts(fig, groups) -> str | None:
     if not groups:
         return None
     fig.set_layout_engine("none")
-    width, left, right, height = 70, 0.02, 0.67, 0.89 / len(groups)
-    # a character of this font is 0.602 of its size wide
-    font = dict(family="DejaVu Sans Mono", va="center_baseline",
-                size=fig.get_figwidth() * (right - left) * 72 / width / 0.602)
-
-    def panel(box, xlim, ylim, title):
-        ax = fig.add_axes(box, xlim=xlim, ylim=ylim)
-        ax.set_axis_off()
-        ax.set_title(title, fontsize=10, loc="left", pad=2)
-        return ax
-
+    grid = fig.add_gridspec(len(groups), 2, left=0.02, right=0.98, top=0.86, bottom=0.02,
+                            width_ratios=(65, 30), wspace=0.02)
+    mono = dict(family="DejaVu Sans Mono", va="center_baseline")
     for i, group in enumerate(groups):
         run = group.runs[0]
-        colors = expert_colors(run["n_expert"])
-        ax = panel((left, 0.9 - (i + 1) * height, right - left, height - 0.035), (0, width),
-                   (8, 0), group.label)
+        ax, colors = fig.add_subplot(grid[i, 0]), expert_colors(run["n_expert"])
+        ax.set(xlim=(0, 70), ylim=(8, 0))
+        ax.set_title(group.label, fontsize=10, loc="left", pad=2)
         for y, line in enumerate(run["text"]):
             x = 0
             for text, expert in line:
-                text = text.replace("\n", "↵")[:width - x]
+                text = text.replace("\n", "↵")[:70 - x]
                 ax.barh(y + 0.5, len(text), 0.92, x, color=colors[expert], edgecolor="white",
                         linewidth=0.4)
-                ax.text(x, y + 0.5, text, **font)
+                ax.text(x, y + 0.5, text, size=10, **mono)  # 70 characters fill the panel
                 x += len(text)
-    run = named.runs[0]
-    E = run["n_expert"]
-    font["size"] = min(font["size"], 5.6 * 72 / E / 1.2)
-    ax = panel((right + 0.02, 0.02, 0.96 - right, 0.84), (0, 34), (E, 0), "Tokens that each expert "
-               f"of {named.label}\ngets most above its share (best first)")
-    for expert, (color, texts) in enumerate(zip(expert_colors(E), run["favourite_tokens"])):
-        ax.barh(expert + 0.5, 3, 0.92, color=color)
-        ax.text(0.5, expert + 0.5, f"{expert:2}", **font)
-        ax.text(4, expert + 0.5, "  ".join(text[:10] for text in texts)[:32], **font)
-    fig.text(left, 0.925, f"Each token on the colour of the expert it goes to first, in layer "
+    fig.text(0.02, 0.92, f"Each token on the colour of the expert it goes to first, in layer "
              f"{run['middle_depth']} of 0 to {run['depth'][-1]}. Colours compare within one panel "
              "only.", fontsize=10)
+    ax, run = fig.add_subplot(grid[:, 1]), last.runs[0]
+    colors = expert_colors(run["n_expert"])
+    ax.set(xlim=(0, 34), ylim=(len(colors), 0))
+    ax.set_title(f"Tokens that each expert of {last.label}\ngets most above its share (best first)",
+                 fontsize=10, loc="left", pad=2)
+    for expert, (color, texts) in enumerate(zip(colors, run["favourite_tokens"])):
+        ax.barh(expert + 0.5, 3, 0.92, color=color)
+        texts = "  ".join(text[:10] for text in texts)
+        ax.text(0.5, expert + 0.5, f"{expert:2}  {texts}"[:34], size=min(10, 330 / len(colors)),
+                **mono)
+    for ax in fig.axes:
+        ax.set_axis_off()
     known = [group.mean("token_information") / group.mean("token_entropy") for group in groups]
     return (f"The token alone tells {min(known):.0%} to {max(known):.0%} of the choice of its "
             "expert" if min(known) < max(known) else
