@@ -21,7 +21,8 @@ import re
 import sys
 import tempfile
 import textwrap
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
 from functools import partial
 from itertools import combinations, count, cycle
 from pathlib import Path
@@ -34,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    ROUTERS, expert_activations, expert_colors, load_balance, load_checkpoint, read_checkpoint,
+    ROUTERS, Config, expert_activations, expert_colors, load_balance, load_checkpoint, read_checkpoint,
     read_log, router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, get_tokenizer, open_corpus, open_dataset, printable)
@@ -110,7 +111,7 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
         evaluation = {"val_loss": loss / n, "tokens": n, "load": load}
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
     gradients = logit_gradients(model, *next(iter(batches(1))))
-    this = experiment({"settings": settings, "step": step})
+    this = experiment({"settings": settings, "step": step, "tokens": len(tokens)})
     if all(experiment(run) != this for run in known):
         gradients |= aux_gradient_ratio(model, batches(65536))
     try:
@@ -624,12 +625,13 @@ class Group(NamedTuple):
 
 
 def experiment(run: dict) -> dict:
-    """What runs have in common whose numbers may be averaged."""
+    """What runs have in common whose numbers may be averaged. A setting that the run's router does
+    not use counts as left at its default; an own router may use them all."""
     of_routers = set().union(*USES.values())
-    used = USES.get(run["settings"]["router"], of_routers)  # an own router may use them all
-    ignored = of_routers - used
-    return {key: value for key, value in run["settings"].items()
-            if key not in AVERAGED_OVER | ignored} | {"step": run["step"]}
+    ignored = of_routers - USES.get(run["settings"]["router"], of_routers)
+    defaults = {field.name: field.default for field in fields(Config) if field.name in ignored}
+    kept = {key: value for key, value in run["settings"].items() if key not in AVERAGED_OVER}
+    return kept | defaults | {"step": run["step"], "tokens": run["tokens"]}
 
 
 def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
@@ -840,7 +842,7 @@ def draw_similarity(fig, groups) -> str:
                f"mean {group.mean('router_similarity_signed'):+.3f}")
     fig.colorbar(image, ax=axes, label="cosine of two router directions", shrink=0.7)
     least, most = (group.mean("router_similarity") for group in (order[0], order[-1]))
-    if most > 2 * least:
+    if most > 2 * least > 0:
         return (f"Router directions in {order[-1].label} are {most / least:.1f} times as alike as "
                 f"in {order[0].label}")
     return "How alike router directions are"
@@ -977,10 +979,10 @@ def draw_experts(fig, groups) -> str | None:
                 **mono)
     for ax in fig.axes:
         ax.set_axis_off()
-    known = [group.mean("token_information") / group.mean("token_entropy") for group in groups]
-    return (f"The token alone tells {min(known):.0%} to {max(known):.0%} of the choice of its "
-            "expert" if min(known) < max(known) else
-            f"The token alone tells {known[0]:.0%} of the choice of its expert")
+    known = sorted(group.mean("token_information") / max(1e-9, group.mean("token_entropy"))
+                   for group in groups)
+    share = " to ".join(dict.fromkeys(f"{value:.0%}" for value in (known[0], known[-1])))
+    return f"The token alone tells {share} of the choice of its expert"
 
 
 FIGURES = {  # file: what draws it, its height in inches and that of one group more
@@ -1067,7 +1069,7 @@ def make_out_dir(name: str) -> Path:
         raise ValueError(f"--out_dir={out_dir} is no folder to write to ({error.strerror}); name "
                          "another.") from error
     figures = [figure for figure in FIGURES if (out_dir / figure).exists()]
-    if figures and not list(out_dir.glob("metrics*.json")):
+    if figures and not any(map(is_metrics, out_dir.glob("metrics*.json"))):
         raise ValueError(f"{out_dir} holds {figures[0]}, but no metrics.json, so it is not of an "
                          "analysis and is left as it is; name another --out_dir.")
     return out_dir
@@ -1084,16 +1086,24 @@ def read_metrics(path: Path) -> dict[str, dict]:
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None
 
 
+def is_metrics(path: Path) -> bool:
+    with suppress(ValueError):
+        return bool(read_metrics(path))
+    return False
+
+
 def replace_metrics(path: Path, new: Path, runs: dict) -> None:
-    """`new` becomes `path`. What lies there goes aside if it holds runs that the new one lacks."""
+    """`new` becomes `path`. What lies there goes aside if it holds what the new one lacks."""
+    about = lambda run: [run.get(key) for key in ("settings", "step", "tokens")]
     try:
-        lost = path.exists() and not read_metrics(path).keys() <= runs.keys()
+        lost = path.exists() and any(name not in runs or about(run) != about(runs[name])
+                                     for name, run in read_metrics(path).items())
     except ValueError:  # who knows what it holds
         lost = True
     if lost:
         aside = (path.with_name(f"metrics-{n}.json") for n in count(1))
         kept = path.rename(next(free for free in aside if not free.exists()))
-        print(f"{path} held other runs: it is {kept} now.", file=sys.stderr)
+        print(f"{path} held another analysis: it is {kept} now.", file=sys.stderr)
     os.replace(new, path)  # a reader sees the old file or the new one
 
 
@@ -1102,7 +1112,8 @@ def main(argv: list[str]) -> None:
     sources = [Path(run).expanduser() for run in args.run]
     models = [Path(name).expanduser() for name in args.hf]
     if not (sources or models):
-        sources = sorted(path.parent for path in Path("out").rglob("ckpt.pt"))
+        found = {*Path("out").rglob("ckpt.pt"), *Path("out").glob("*/ckpt.pt")}  # of links, too
+        sources = sorted(path.parent for path in found)
     if not (sources or models):
         raise ValueError("there is no run under out/; train one with python train.py.")
     out_dir = make_out_dir(args.out_dir)
@@ -1117,7 +1128,8 @@ def main(argv: list[str]) -> None:
                        observe_run(source, args.tokens, args.device, runs.values()))
                 found, notes = {run.name: measure(run)}, run.notes
             for name, metrics in found.items():
-                runs[f"{source.parent}/{name}" if name in runs else name] = metrics
+                place = source if source.suffix == ".json" else source.parent
+                runs[f"{place}/{name}" if name in runs else name] = metrics
         except torch.OutOfMemoryError:
             notes = [f"{source} is left out: it needs more memory than {args.device} has."]
         except (ValueError, OSError) as error:
@@ -1127,7 +1139,8 @@ def main(argv: list[str]) -> None:
     if not runs:
         raise ValueError("no run is left to analyze.")
 
-    path, new = out_dir / "metrics.json", out_dir / "metrics.new.json"
+    path = out_dir / "metrics.json"
+    new = out_dir / f"metrics.{os.getpid()}.tmp"  # two analyses may run at once
     with naming(new):
         new.write_text(json.dumps(runs) + "\n")
     groups, notes = group_runs(runs)

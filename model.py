@@ -13,6 +13,7 @@ each head of q and k, no biases, no dropout, an untied head. There is no capacit
 reaches its K experts."""
 import colorsys
 import json
+import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -451,12 +452,15 @@ def read_checkpoint(path) -> dict:
     touch (the optimizer's state is twice the model) costs no memory. Raises ValueError for a
     missing, damaged or foreign file."""
     try:
+        if zipfile.ZipFile(path).testzip():  # torch itself does not compare the checksums
+            raise ValueError("a checksum does not fit")
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         for key in ("model", "optimizer", "step", "config", "evaluation", "rng", "history",
                     "data_sha256", "val_sha256", "tokenizer"):
             checkpoint[key]
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not there; train a model first.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); name the folder of a run."
+                         ) from None
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path} is damaged or not a checkpoint of this project "
                          f"({type(error).__name__}); name another or train again.") from None

@@ -54,6 +54,8 @@ def encode(tokenizer, text):
     try:
         return tokenizer.encode_to_numpy(text, disallowed_special=())
     except ValueError:  # tiktoken's regex gives up on a run of a million spaces: halve it
+        if len(text) < 2:  # half of a surrogate pair
+            raise
         half = len(text) // 2
         return np.concatenate([encode(tokenizer, text[:half]), encode(tokenizer, text[half:])])
 
@@ -84,7 +86,8 @@ def open_corpus(dataset, path, glob, val_fraction, data_root):
         tests = ("test", "tests", "idle_test", "site-packages", "dist-packages")
         paths = find_files(sysconfig.get_path("stdlib"), "*.py", skip=tests)
         if dataset == "python":  # wherever packages are imported from: venv, user, system
-            roots = [root for root in dict.fromkeys(sys.path) if root.endswith("-packages")]
+            roots = [root for root in dict.fromkeys(sys.path)
+                     if root.endswith("-packages") and os.path.isdir(root)]
             paths += [file for root in roots for file in find_files(root, "*.py")]
     elif dataset == "shakespeare":
         paths = [download_shakespeare(data_root / "tinyshakespeare.txt")]
@@ -103,8 +106,11 @@ def open_corpus(dataset, path, glob, val_fraction, data_root):
 def find_files(root, glob, skip=()):
     """-> sorted Paths of the files below `root` whose name or end of path matches `glob`, but for
     empty and hidden ones, folders in `skip`, and prepared data sets (they are not text)."""
+    def unreadable(error):  # in place of leaving the folder out without a word
+        raise error
+
     found = []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=unreadable):
         subfolders[:] = [s for s in subfolders if s not in skip and not s.startswith(".")]
         if not {"train.bin", "val.bin", "meta.json"} <= set(names):
             found += [Path(folder, name) for name in names if not name.startswith(".")]
@@ -146,7 +152,7 @@ def read_single(path, val_fraction):
     from 1 - val_fraction of its characters on, else at the last one before, else right there."""
     try:
         left = int(sum(map(len, read_text(path))) * (1 - val_fraction))  # characters of train
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it.") from error
     for text in read_text(path):
         if 0 < left <= len(text):
@@ -235,8 +241,8 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
                              "text, or join it into one file.")
         tmp.rename(target)
     except OSError as error:
-        raise OSError(f"{target} could not be written ({error}): make room on the disk or correct "
-                      "the permissions, and try again.") from error
+        raise OSError(f"{target} could not be made ({error}): make room on the disk or correct the "
+                      "permissions, and try again.") from error
     finally:  # after an interrupt as well
         shutil.rmtree(tmp, ignore_errors=True)
     print(f"{target}: {summary}; vocabulary {enc.n_vocab:,} ({tokenizer})")

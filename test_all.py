@@ -848,33 +848,27 @@ def test_a_disk_without_locks_is_no_reason_to_refuse_a_run(workdir, monkeypatch)
     run_train("--out_dir=out/a", "--max_iters=1")
 
 
-def test_overwrite_replaces_the_old_run_only_once_the_new_one_makes_steps(workdir, monkeypatch):
+def test_overwrite_keeps_what_it_replaces(workdir, monkeypatch):
     run_train("--out_dir=out/a")
-    def fail(*args):
-        raise OSError("broken")
-    with monkeypatch.context() as broken:
-        broken.setattr(torch.nn.utils, "clip_grad_norm_", fail)
-        assert run_script("train.py", *TOY, "--out_dir=out/a", "--overwrite").returncode == 2
-    assert len(read_log("out/a")) == 7 and read_checkpoint("out/a/ckpt.pt")["step"] == 6
+    before = [Path(f"out/a/{name}").read_bytes() for name in ("ckpt.pt", "log.jsonl")]
+    done = run_script("train.py", *TOY, "--out_dir=out/a")
+    assert done.returncode == 2 and "already holds a run (ckpt.pt); pass --resume" in done.stderr
+    assert before == [Path(f"out/a/{name}").read_bytes() for name in ("ckpt.pt", "log.jsonl")]
     run_train("--out_dir=out/a", "--overwrite", "--max_iters=2")
     assert len(read_log("out/a")) == 3 and read_checkpoint("out/a/ckpt.pt")["step"] == 2
+    assert before == [Path(f"out/a/{name}").read_bytes() for name in (
+        "ckpt.old.pt", "log.old.jsonl")]
 
 
-def test_a_log_whose_checkpoint_was_moved_away_and_a_file_called_lock_are_kept(workdir):
-    run_train("--out_dir=out/a")
-    os.rename("out/a/ckpt.pt", "elsewhere.pt")
-    before = Path("out/a/log.jsonl").read_bytes()
-    Path("out/a/lock").write_text("mine")
-    assert run_script("train.py", *TOY, "--out_dir=out/a").returncode == 2
-    run_train("--out_dir=out/a", "--overwrite", "--max_iters=1")
-    assert Path("out/a/lock").read_text() == "mine" and before != Path("out/a/log.jsonl").read_bytes()
-
-
-def test_a_run_that_died_before_its_first_checkpoint_is_simply_begun_again(workdir):
+def test_a_log_without_a_checkpoint_and_a_file_called_lock_are_kept(workdir):
     Path("out/a").mkdir(parents=True)
-    Path("out/a/log.jsonl").write_text('{"step": 1}\n')
-    run_train("--out_dir=out/a")
-    assert [r["step"] for r in read_log("out/a")] == list(range(7))
+    Path("out/a/lock").write_text("mine")
+    Path("out/a/log.jsonl").write_text("my notes")
+    done = run_script("train.py", *TOY, "--out_dir=out/a")
+    assert done.returncode == 2 and "holds a run (log.jsonl); pass --overwrite" in done.stderr
+    run_train("--out_dir=out/a", "--overwrite", "--max_iters=1")
+    assert Path("out/a/lock").read_text() == "mine"
+    assert Path("out/a/log.old.jsonl").read_text() == "my notes"
 
 
 def test_a_tilde_in_out_dir_is_the_home_folder(workdir, monkeypatch):
@@ -1013,7 +1007,7 @@ def test_sigterm_to_torchrun_saves_once_and_the_run_can_go_on(workdir):
     (["--beta2=1"], "beta"), (["--block_size=100000"], "block_size must be at most"),
     (["--vocab_size=64"], "such as 320"),
     (["--compile", "--dtype=float32"], "dtype must be bfloat16 with --compile"),
-    (["--out_dir=out/none", "--resume"], "out/none/ckpt.pt is not there"),
+    (["--out_dir=out/none", "--resume"], "out/none/ckpt.pt cannot be read (No such file"),
     (["--dtype=bfloat16", "--d_expert=12"], "multiples of 8 in bfloat16")])
 def test_a_bad_flag_gets_one_sentence_and_exit_code_2(flags, words, workdir):
     done = run_script("train.py", *TOY, *flags)
@@ -1045,6 +1039,7 @@ def test_resume_refuses_data_that_were_prepared_from_another_corpus(workdir):
 
 @pytest.mark.parametrize("damage, words", [
     ("truncated", "is damaged"), ("empty", "is damaged"), ("foreign", "is damaged"),
+    ("a flipped bit", "is damaged"),
     ("setting", "dropout"), ("weights", "norm.weight"), ("optimizer", "does not fit")])
 def test_a_damaged_or_foreign_checkpoint_gets_one_sentence_that_names_it(damage, words, workdir):
     run_train("--out_dir=out/a", "--max_iters=3")
@@ -1060,6 +1055,9 @@ def test_a_damaged_or_foreign_checkpoint_gets_one_sentence_that_names_it(damage,
         state = {"state_dict": {}}
     if damage in ("truncated", "empty"):
         path.write_bytes(whole[:len(whole) // 2] if damage == "truncated" else b"")
+    elif damage == "a flipped bit":  # in the middle of a tensor
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:])
     else:
         torch.save(state, path)
     done = run_script("train.py", "--out_dir=out/a", "--resume", "--max_iters=6")
@@ -1152,6 +1150,8 @@ def test_the_tokenizer_bytes_gives_the_utf8_bytes_of_any_text(text):
     enc = get_tokenizer("bytes")
     ids = encode(enc, text).tolist()
     assert ids == list(text.encode()) and enc.decode(ids) == text
+    with pytest.raises(ValueError):  # half of a surrogate pair is no text
+        encode(enc, text + "\ud800")
     assert (enc.n_vocab, enc.eot_token) == (257, EOT)
 
 
@@ -1618,7 +1618,7 @@ def a_run(perplexity=4.0, seed=1, step=6, val_tokens=512, **settings):
                 "data_sha256": "a", "val_sha256": "a", "block_size": 16, "batch_size": 1,
                 "gradient_accumulation_steps": 1, "out_dir": f"out/{seed}"} | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
-            "val_tokens": val_tokens, "n_expert": 1, "settings": settings}
+            "val_tokens": val_tokens, "tokens": 64, "n_expert": 1, "settings": settings}
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_group_named_after_their_folder():
@@ -1635,6 +1635,12 @@ def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(chan
     assert [group.label for group in groups] == ["aux-1", "aux-2"]  # not both `aux`
     (name, value), = change.items()
     assert f"{name} {value} (aux-2)" in analyze.differing_settings(groups)
+
+
+def test_runs_measured_on_more_tokens_are_another_group():
+    runs = {"aux-1": a_run(), "aux-2": a_run(seed=2) | {"tokens": 4096}}
+    groups, _ = analyze.group_runs(runs)
+    assert len(groups) == 2 and "tokens 4096" in analyze.differing_settings(groups)
 
 
 def test_a_copied_run_is_named_and_not_averaged():
@@ -1922,7 +1928,7 @@ def test_broken_runs_get_a_sentence_each_and_the_others_are_done(workplace, tmp_
     assert done.returncode == 0 and "Traceback" not in done.stderr
     for line, sentence in zip(done.stderr.splitlines(), (
             "damaged", "import my_router, analyze", "not finite", "not a metrics.json",
-            "is not there"), strict=True):
+            "cannot be read"), strict=True):
         assert "is left out: " in line and sentence in line
         assert "--" not in line  # no advice to pass a flag, as analyze.py has none for this
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
@@ -1938,6 +1944,26 @@ def test_a_users_mistake_is_a_sentence_and_exit_code_2(workplace, flags, sentenc
     done = run_script("analyze.py", *flags, cwd=workplace)
     assert done.returncode == 2
     assert sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_analyses_of_runs_of_one_name_lose_none_of_them(analysis, tmp_path):
+    for n in (1, 2, 3):
+        (tmp_path / f"{n}.json").write_text(json.dumps({"lf": analysis[2][f"aux-{n % 2 + 1}"]}))
+    analyze_in(tmp_path, "1.json", "2.json", "3.json", "--out_dir=out")
+    found = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert list(found) == ["lf", "2.json/lf", "3.json/lf"]
+    analyze_in(tmp_path, "1.json", "--out_dir=one")
+    analyze_in(tmp_path, "2.json", "--out_dir=one")  # another run of the same name
+    assert [json.loads((tmp_path / f"one/metrics{n}.json").read_text())["lf"]["seed"]
+            for n in ("-1", "")] == [2, 1]
+
+
+def test_a_run_behind_a_link_is_found(workplace, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/far").symlink_to(workplace / "out/aux-1")
+    (tmp_path / "data").symlink_to(workplace / "data")
+    analyze_in(tmp_path, "--tokens=64")
+    assert list(json.loads((tmp_path / "out/analysis/metrics.json").read_text())) == ["aux-1"]
 
 
 def test_no_run_at_all_is_a_sentence_and_exit_code_2(tmp_path):
@@ -2351,12 +2377,15 @@ def test_losses_are_subtracted_only_on_the_same_tokens_and_seed(other):
 
 def test_a_setting_that_the_router_does_not_use_makes_no_other_experiment():
     runs = {"aux-1": a_run(ema_decay=0.9), "aux-2": a_run(seed=2, ema_decay=0.5),
-            "kmeans-1": a_run(router="kmeans", aux_loss_coef=1.0, ema_decay=0.5),
-            "kmeans-2": a_run(seed=2, router="kmeans", aux_loss_coef=2.0, ema_decay=0.5)}
+            "kmeans-1": a_run(router="kmeans", aux_loss_coef=1.0),
+            "kmeans-2": a_run(seed=2, router="kmeans", aux_loss_coef=2.0)}
     groups, _ = analyze.group_runs(runs)
     assert [len(group.runs) for group in groups] == [2, 2]
     assert "router and seed alone" in analyze.differing_settings(groups)
     assert len(analyze.paired_differences(groups)) == 1
+    runs["other"] = a_run(router="lossfree", z_loss_coef=10.0)  # and that is said of it alone
+    assert analyze.differing_settings(analyze.group_runs(runs)[0]) == (
+        "Settings that differ: z_loss_coef 10.0 (other), else 0.0.")
     for router in ("kmeans", "mine"):  # who uses it, or may
         runs = {"a": a_run(router=router, ema_decay=0.9), "b": a_run(router=router, ema_decay=0.5)}
         assert len(analyze.group_runs(runs)[0]) == 2
@@ -2377,16 +2406,18 @@ def test_a_metrics_json_with_other_runs_or_unreadable_goes_aside(analysis, tmp_p
         for _ in range(2):  # the second time there is nothing to lose
             analyze.main([str(tmp_path / "one.json"), f"--out_dir={tmp_path}"])
         assert (tmp_path / f"metrics-{i}.json").read_text() == old
-        assert capsys.readouterr().err.count("held other runs: it is") == 1
+        assert capsys.readouterr().err.count("held another analysis: it is") == 1
     assert list(json.loads(path.read_text())) == ["aux-1"]
     assert len(list(tmp_path.glob("metrics*.json"))) == 3
 
 
-@pytest.mark.parametrize("file", ["metrics.new.json", "load.png"])
+@pytest.mark.parametrize("file", ["metrics.7.tmp", "load.png"])
 def test_what_cannot_be_written_is_named_and_the_old_metrics_json_stays(
-        analysis, tmp_path, file):
+        analysis, tmp_path, monkeypatch, file):
     pytest.importorskip("matplotlib")
-    (tmp_path / "metrics.json").write_text("old")
+    old = json.dumps({"aux-1": analysis[2]["aux-1"]})
+    (tmp_path / "metrics.json").write_text(old)
+    monkeypatch.setattr(os, "getpid", lambda: 7)
     if Path("/dev/full").exists():
         (tmp_path / file).symlink_to("/dev/full")  # a disk without room
     else:
@@ -2394,7 +2425,7 @@ def test_what_cannot_be_written_is_named_and_the_old_metrics_json_stays(
     done = run_script("analyze.py", analysis[1] / "metrics.json", f"--out_dir={tmp_path}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"{tmp_path}/{file} could not be written (" in done.stderr
-    assert (tmp_path / "metrics.json").read_text() == "old"
+    assert (tmp_path / "metrics.json").read_text() == old
 
 
 # ---------------------------------------------------------------- the README
@@ -2427,7 +2458,7 @@ def test_the_readmes_router_trains_resumes_and_is_analyzed_by_the_commands_that_
 
 def test_a_run_of_an_own_router_says_the_command_that_resumes_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/my_router.py"])
-    assert train.command("my_router", "--resume") == "python my_router.py --resume"
+    assert train.command("my_router", "--out_dir=my run") == "python my_router.py '--out_dir=my run'"
     assert train.command("analyze", "out/hash") == (
         "python -c \"import my_router, analyze; analyze.main(['out/hash'])\"")
 

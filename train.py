@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import statistics
 import sys
@@ -101,7 +102,7 @@ PRESETS = {
 
 # what --resume may change beside max_iters: it makes no other experiment
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "eval_interval",
-              "eval_tokens", "final_eval_tokens", "log_interval"}
+              "log_interval"}
 
 
 def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
@@ -286,7 +287,8 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
 # ---------------------------------------------------------------- the files of a run
 
 def claim(out_dir: Path, c: TrainConfig):
-    """-> an open file that must stay so: while it does, no other run can be in out_dir. Raises
+    """-> an open file that must stay so: while it does, no other run can be in out_dir. With
+    --overwrite, what a run has left there is kept as ckpt.old.pt and log.old.jsonl. Raises
     ValueError for a folder that another run is in, or has been in."""
     out_dir.mkdir(parents=True, exist_ok=True)
     file = open(out_dir / "lock", "a")
@@ -298,12 +300,14 @@ def claim(out_dir: Path, c: TrainConfig):
                          "another --out_dir.") from None
     except (ImportError, OSError):
         pass  # Windows and some network disks have no such lock
-    # now that no other run can change it; the checkpoint of one may have been moved away
-    records = read_log(out_dir / "log.jsonl")
-    holds_run = (out_dir / "ckpt.pt").exists() or any(r["step"] and "val_loss" in r for r in records)
-    if holds_run and not (c.resume or c.overwrite):
-        raise ValueError(f"{out_dir} already holds a run; pass --resume to go on with it, "
-                         "--overwrite to start anew, or another --out_dir.")
+    found = [path for name in ("ckpt.pt", "log.jsonl") if (path := out_dir / name).exists()]
+    if found and not (c.resume or c.overwrite):
+        go_on = "--resume to go on with it, " if found[0].name == "ckpt.pt" else ""
+        raise ValueError(f"{out_dir} already holds a run ({found[0].name}); pass {go_on}--overwrite "
+                         "to start anew, which keeps it as *.old.*, or another --out_dir.")
+    if c.overwrite:
+        for path in found:
+            path.replace(path.with_stem(path.stem + ".old"))
     return file
 
 
@@ -311,6 +315,7 @@ def open_data(c: TrainConfig, machine: Machine):
     """The two corpora that every machine has prepare themselves."""
     folder = Path("data", c.dataset)
     if c.dataset in ("stdlib", "python") and not folder.exists() and machine.rank == 0:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it can clean up
         prepare(c.dataset)
     if machine.world_size > 1:
         dist.barrier()
@@ -494,7 +499,7 @@ def command(script: str, *flags: str) -> str:
     registers, so it imports that one first."""
     mine = Path(sys.argv[0]).stem
     if mine == "train" or script == mine:
-        return " ".join(["python", f"{script}.py", *flags])
+        return shlex.join(["python", f"{script}.py", *flags])
     return f'python -c "import {mine}, {script}; {script}.main({list(flags)})"'
 
 
@@ -530,7 +535,9 @@ def main(argv: list[str]) -> None:
         metrics, evaluation = evaluate(raw_model, data, c.eval_tokens, machine, c)
         nothing = dict.fromkeys(("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu"))
         records = [{"step": 0} | nothing | metrics | {"val_tokens": evaluation["tokens"]}]
-    signals, stop, first = stop_requests(), False, True
+    if master:
+        write_log(log_path, records, anew=True)
+    signals, stop = stop_requests(), False
     start, start_step = time.perf_counter(), step
     bar = tqdm(total=c.max_iters, initial=step, unit="step", disable=None if master else True)
     while step < c.max_iters and not stop:
@@ -567,10 +574,7 @@ def main(argv: list[str]) -> None:
 
         # save: the log at each measurement, a checkpoint at each evaluation
         if master:
-            if first and not checkpoint:  # what --overwrite replaces goes once the new run works
-                checkpoint_path.unlink(missing_ok=True)
-            write_log(log_path, [*records, record] if first else [record], anew=first)
-            first = False
+            write_log(log_path, [record], anew=False)
             if evaluating:
                 tqdm.write(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
             if evaluating or stop:
