@@ -790,7 +790,9 @@ def plain_log(ax, which: str) -> None:
 
 
 def add_legend(fig, ax) -> None:
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
+    handles, labels = ax.get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", fontsize=9,
+               ncols=6 if len(labels) < 7 else 4)
 
 
 def draw_coupling(fig, groups) -> str:
@@ -857,7 +859,7 @@ def draw_common_mode(fig, groups) -> str:
     lossfree = [group for group in logged if group.runs[0]["router"] == "lossfree"]
     if lossfree:
         left.axhline(3 * lossfree[0].mean("router_similarity"), color="0.35", linestyle="--",
-                     label=f"three times {lossfree[0].label}, nearly what the paper has for aux")
+                     label=f"3 x {lossfree[0].label} (the paper's aux: nearly)")
     left.set(ylabel="mean |cosine| of router directions\n(dotted: chance)", ylim=0)
     add_legend(fig, left)
     draw_points(right, groups, "common_share", "share of the mean hidden state in a router\n"
