@@ -824,7 +824,7 @@ def draw_load(fig, groups) -> str:
     second = others[-1].mean("load_cv") if others else math.inf
     if most.mean("load_cv") > 2 * second:
         ratio = most.mean("load_cv") / second
-        return f"The load of {most.label} is {ratio:.1f} times as uneven as any other"
+        return f"The load of {most.label} is at least {ratio:.1f} times as uneven as any other"
     return "How evenly the experts are loaded"
 
 

@@ -120,9 +120,11 @@ class Experts(torch.autograd.Function):
     """The same without the loop, and with its backward pass written out: that backward pass is the
     claim of this project.
 
-    Rows are sorted by expert, so that each matrix is one grouped product; they move by the sorting
-    permutation and its inverse in both directions, as gathers: nothing is added atomically, so two
-    runs agree to the last bit. The gate scales the narrow activation in front of W_down, not the
+    Assignments are sorted by expert, so that one grouped product a matrix serves all experts:
+    grouped_mm(a, b, offs=ends) with b (E, ...) multiplies rows ends[i-1] to ends[i] of a by b[i],
+    with two matrices these columns of a by these rows of b, one product an expert. Forward and
+    backward only gather rows, by `order` or `inverse`, and never add atomically, so two runs agree
+    to the last bit. The gate scales the narrow activation in front of W_down, not the
     wide result behind it, as a row scale commutes with the product. Saved for the backward pass are
     the inputs and the pre-activations a and b; the cheap rest is computed again, so activation
     memory does not grow with K copies of the hidden states (the idea of SonicMoE, arXiv

@@ -243,8 +243,8 @@ def learning_rate(step: int, c: TrainConfig) -> float:
 
 def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> torch.Tensor:
     """One optimizer step over this process's micro-batches [(x, y)] -> (2) mean loss and aux_loss.
-    Nothing in it waits for the device, so a GPU's queue never runs dry, where grouped_mm has a
-    kernel of its own (bfloat16 on H100, H200, B200); elsewhere it reads `ends` on the host."""
+    In bfloat16 on H100, H200 or B200 nothing here waits for the device, so its queue never runs
+    dry; elsewhere grouped_mm has no kernel of its own and reads `ends` on the host."""
     losses = []
     for i, (x, y) in enumerate(batches):
         if isinstance(model, DDP):  # the gradients travel once a step, with the last micro-batch
