@@ -467,7 +467,8 @@ def entropy(counts: Tensor) -> Tensor:
 def token_information(tokens: Tensor, experts: Tensor, E: int) -> Tensor:
     """tokens, experts (N) -> their mutual information in bits, H(token) + H(expert) - H(both), less
     its value after the experts are shuffled, as N tokens show some by accident. At most H(expert);
-    0 for a router that does not look at the token."""
+    0 for a router that does not look at the token. Where most ids are rare (N not far above V * E)
+    the shuffled value is too large, and this a lower bound: compare at one vocabulary and N only."""
     shuffle = torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
 
     def information(experts):
@@ -731,6 +732,12 @@ def paired_differences(groups: list[Group]) -> list[str]:
 # Each function draws on `fig` and returns the title: a message only where the numbers show it.
 # None: there is nothing to draw.
 
+def same_shape(groups: list[Group]) -> bool:
+    """Else chance levels differ, and no title compares them."""
+    return len({(group.runs[0]["n_expert"], group.runs[0]["top_k"],
+                 group.runs[0]["settings"].get("n_embd")) for group in groups}) == 1
+
+
 CHANCE = dict(color="0.35", linestyle=(0, (1, 1)), linewidth=1.5)
 
 
@@ -801,7 +808,7 @@ def draw_coupling(fig, groups) -> str:
         draw_line(ax, group, group.values("coupling_by_rank"))
     ax.axhline(1, color="0.6", linewidth=1, label="average, as without any coupling", zorder=0)
     ax.set_xticks(sorted({1, *ax.get_xticks()} - {0}))
-    ax.set(xlabel="rank of the expert for a token (1: the router's first choice)",
+    ax.set(xlabel="rank of the expert for a token by the router's score (1: the highest)",
            xlim=(0.5, max(len(group.mean("coupling_by_rank")) for group in groups) + 0.5),
            ylabel="reaction of the expert, ||W_gate x||\n(1: its average over all tokens)")
     add_legend(fig, ax)
@@ -822,7 +829,7 @@ def draw_load(fig, groups) -> str:
     plain_log(right, "x")
     *others, most = sorted(groups, key=lambda group: group.mean("load_cv"))
     second = others[-1].mean("load_cv") if others else math.inf
-    if most.mean("load_cv") > 2 * second:
+    if most.mean("load_cv") > 2 * second and same_shape(groups):
         ratio = most.mean("load_cv") / second
         return f"The load of {most.label} is at least {ratio:.1f} times as uneven as any other"
     return "How evenly the experts are loaded"
@@ -844,7 +851,7 @@ def draw_similarity(fig, groups) -> str:
                f"mean {group.mean('router_similarity_signed'):+.3f}")
     fig.colorbar(image, ax=axes, label="cosine of two router directions", shrink=0.7)
     least, most = (group.mean("router_similarity") for group in (order[0], order[-1]))
-    if most > 2 * least > 0:
+    if most > 2 * least > 0 and same_shape(groups):
         return (f"Router directions in {order[-1].label} are {most / least:.1f} times as alike as "
                 f"in {order[0].label}")
     return "How alike router directions are"
@@ -866,7 +873,8 @@ def draw_common_mode(fig, groups) -> str:
                 "direction's energy (dotted: chance)", "common_share_chance")
     alike, common = ([group.mean(key) for group in groups]
                      for key in ("router_similarity", "common_share"))
-    if max(alike) > 2 * min(alike) and np.corrcoef(alike, common)[0, 1] > 0.9:
+    if len(groups) > 3 and same_shape(groups) and (
+            max(alike) > 2 * min(alike) and np.corrcoef(alike, common)[0, 1] > 0.9):
         return "Router directions that grow alike line up with the mean hidden state"
     return "How alike router directions grow, and what they share with the hidden states"
 
@@ -893,8 +901,8 @@ def draw_training(fig, groups) -> str | None:
 
     def measured(run):  # losses are subtracted where this is the same
         settings = run["settings"]
-        return (run["seed"], settings["val_sha256"], settings["block_size"],
-                run["log"][0].get("val_tokens"))
+        return (run["seed"], settings["val_sha256"], settings["block_size"], settings["batch_size"],
+                settings["gradient_accumulation_steps"], run["log"][0].get("val_tokens"))
 
     losses = {measured(run): curve(run, "val_loss") for run in base.runs}
     for group in groups:
@@ -957,7 +965,8 @@ def draw_experts(fig, groups) -> str | None:
         run = group.runs[0]
         ax, colors = fig.add_subplot(grid[i, 0]), expert_colors(run["n_expert"])
         ax.set(xlim=(0, 70), ylim=(8, 0))
-        ax.set_title(group.label, fontsize=10, loc="left", pad=2)
+        ax.set_title(f"{group.label}, layer {run['middle_depth']} of 0 to {run['depth'][-1]}",
+                     fontsize=10, loc="left", pad=2)
         for y, line in enumerate(run["text"]):
             x = 0
             for text, expert in line:
@@ -966,9 +975,8 @@ def draw_experts(fig, groups) -> str | None:
                         linewidth=0.4)
                 ax.text(x, y + 0.5, text, size=10, **mono)  # 70 characters fill the panel
                 x += len(text)
-    fig.text(0.02, 0.92, f"Each token on the colour of the expert it goes to first, in layer "
-             f"{run['middle_depth']} of 0 to {run['depth'][-1]}. Colours compare within one panel "
-             "only.", fontsize=10)
+    fig.text(0.02, 0.92, "Each token on the colour of the expert it goes to first. Colours compare "
+             "within one panel only.", fontsize=10)
     ax, run = fig.add_subplot(grid[:, 1]), last.runs[0]
     colors = expert_colors(run["n_expert"])
     ax.set(xlim=(0, 34), ylim=(len(colors), 0))
@@ -984,7 +992,7 @@ def draw_experts(fig, groups) -> str | None:
     known = sorted(group.mean("token_information") / max(1e-9, group.mean("token_entropy"))
                    for group in groups)
     share = " to ".join(dict.fromkeys(f"{value:.0%}" for value in (known[0], known[-1])))
-    return f"The token alone tells {share} of the choice of its expert"
+    return f"The token alone tells at least {share} of the choice of its expert"
 
 
 FIGURES = {  # file: what draws it, its height in inches and that of one group more
@@ -1096,7 +1104,8 @@ def is_metrics(path: Path) -> bool:
 
 def replace_metrics(path: Path, new: Path, runs: dict) -> None:
     """`new` becomes `path`. What lies there goes aside if it holds what the new one lacks."""
-    about = lambda run: [run.get(key) for key in ("settings", "step", "tokens")]
+    about = lambda run: [run.get(key) for key in (
+        "settings", "step", "tokens", "perplexity", "router_similarity")]
     try:
         lost = path.exists() and any(name not in runs or about(run) != about(runs[name])
                                      for name, run in read_metrics(path).items())
@@ -1132,9 +1141,7 @@ def main(argv: list[str]) -> None:
             for name, metrics in found.items():
                 place = source if source.suffix == ".json" else source.parent
                 runs[f"{place}/{name}" if name in runs else name] = metrics
-        except torch.OutOfMemoryError:
-            notes = [f"{source} is left out: it needs more memory than {args.device} has."]
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # also: out of memory
             notes = [f"{source} is left out: {' '.join(str(error).split())}"]  # on one line
         for note in notes:
             print(note, file=sys.stderr)

@@ -857,7 +857,10 @@ def test_overwrite_keeps_what_it_replaces(workdir, monkeypatch):
     run_train("--out_dir=out/a", "--overwrite", "--max_iters=2")
     assert len(read_log("out/a")) == 3 and read_checkpoint("out/a/ckpt.pt")["step"] == 2
     assert before == [Path(f"out/a/{name}").read_bytes() for name in (
-        "ckpt.old.pt", "log.old.jsonl")]
+        "ckpt.old-1.pt", "log.old-1.jsonl")]
+    run_train("--out_dir=out/a", "--overwrite", "--max_iters=1")  # nor does the next one lose it
+    assert read_checkpoint("out/a/ckpt.old-1.pt")["step"] == 6
+    assert read_checkpoint("out/a/ckpt.old-2.pt")["step"] == 2
 
 
 def test_a_log_without_a_checkpoint_and_a_file_called_lock_are_kept(workdir):
@@ -868,7 +871,7 @@ def test_a_log_without_a_checkpoint_and_a_file_called_lock_are_kept(workdir):
     assert done.returncode == 2 and "holds a run (log.jsonl); pass --overwrite" in done.stderr
     run_train("--out_dir=out/a", "--overwrite", "--max_iters=1")
     assert Path("out/a/lock").read_text() == "mine"
-    assert Path("out/a/log.old.jsonl").read_text() == "my notes"
+    assert Path("out/a/log.old-1.jsonl").read_text() == "my notes"
 
 
 def test_a_tilde_in_out_dir_is_the_home_folder(workdir, monkeypatch):

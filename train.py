@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -288,8 +289,8 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
 
 def claim(out_dir: Path, c: TrainConfig):
     """-> an open file that must stay so: while it does, no other run can be in out_dir. With
-    --overwrite, what a run has left there is kept as ckpt.old.pt and log.old.jsonl. Raises
-    ValueError for a folder that another run is in, or has been in."""
+    --overwrite, what a run has left there is kept as ckpt.old-1.pt and log.old-1.jsonl, or with the
+    next free number. Raises ValueError for a folder that another run is in, or has been in."""
     out_dir.mkdir(parents=True, exist_ok=True)
     file = open(out_dir / "lock", "a")
     try:
@@ -304,10 +305,12 @@ def claim(out_dir: Path, c: TrainConfig):
     if found and not (c.resume or c.overwrite):
         go_on = "--resume to go on with it, " if found[0].name == "ckpt.pt" else ""
         raise ValueError(f"{out_dir} already holds a run ({found[0].name}); pass {go_on}--overwrite "
-                         "to start anew, which keeps it as *.old.*, or another --out_dir.")
-    if c.overwrite:
+                         "to start anew, which keeps it as *.old-N.*, or another --out_dir.")
+    if c.overwrite and found:
+        n = next(n for n in count(1) if not list(out_dir.glob(f"*.old-{n}.*")))
         for path in found:
-            path.replace(path.with_stem(path.stem + ".old"))
+            path.rename(path.with_stem(f"{path.stem}.old-{n}"))
+        print(f"the earlier run is kept in {out_dir} as *.old-{n}.*")
     return file
 
 
@@ -479,7 +482,7 @@ def finish(model, data, step: int, metrics: dict, machine: Machine, c: TrainConf
     except ValueError as error:  # a node without network may lack the vocabulary
         print(f"No sample: {error}")
     else:
-        start = torch.from_numpy(data.val[:min(128, c.block_size)].astype("int64"))     # (n)
+        start = torch.from_numpy(data.val[:min(100, c.block_size)].astype("int64"))     # (n)
         with machine.autocast:
             idx = model.generate(start[None].to(machine.device), 256, temperature=0.8)[0].tolist()
         rule = "-" * 30
