@@ -820,9 +820,14 @@ def draw_coupling(fig, groups) -> str:
 def draw_load(fig, groups) -> str:
     left, right = fig.subplots(1, 2)
     for group in groups:
-        draw_line(left, group, group.values("load_sorted") * group.runs[0]["n_expert"])
-    left.axhline(1, **CHANCE, label="even load")
-    left.set(xlabel="expert, busiest first", ylabel="load / even load, mean over layers")
+        draw_line(left, group, group.values("load_sorted") * group.runs[0]["n_expert"] - 1)
+    left.axhline(0, **CHANCE, label="even load")
+    left.set_yscale("symlog", linthresh=0.1)  # shows a collapse and a balanced load alike
+    left.set_yticks([-1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3, 10, 30])
+    left.yaxis.set_major_formatter("{x:+g}")
+    low, high = left.dataLim.intervaly
+    left.set(xlabel="expert, busiest first", ylabel="load / even load - 1, mean over layers",
+             ylim=(1.3 * min(low, -0.1), 1.3 * max(high, 0.1)))
     add_legend(fig, left)
     draw_points(right, groups, "load_cv", "Std of the load / even load\n(dotted: what sampling "
                 "alone gives)", "load_cv_sampling", ".2g")
