@@ -757,6 +757,7 @@ def test_the_checkpoint_keeps_the_steps_that_a_run_was_planned_for_before_a_resu
     run_train("--out_dir=out/a", "--max_iters=3")
     train.main(["--out_dir=out/a", "--resume", "--max_iters=6"])
     assert read_checkpoint("out/a/ckpt.pt")["history"] == [[3, 3]]
+    assert read_checkpoint("out/a/ckpt.step-3.pt")["evaluation"]  # nor is its result lost
     run_train("--out_dir=out/b")
     assert read_checkpoint("out/b/ckpt.pt")["history"] == []
     assert read_checkpoint("out/b/ckpt.pt")["config"]["dtype"] == "float32"  # what auto came to

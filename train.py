@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import sys
@@ -521,6 +522,8 @@ def main(argv: list[str]) -> None:
     optimizer = make_optimizer(raw_model, c)
     step = restore(checkpoint, raw_model, optimizer, data, c) if checkpoint else 0
     history = checkpoint["history"] if checkpoint else []
+    if master and checkpoint and checkpoint["evaluation"]:  # it was finished: its result is kept
+        shutil.copyfile(checkpoint_path, out_dir / f"ckpt.step-{step}.pt")
     model = compiled(raw_model) if c.compile else raw_model
     model = distributed(model) if world_size > 1 else model
 
