@@ -35,8 +35,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    ROUTERS, Config, expert_activations, expert_colors, load_balance, load_checkpoint, read_checkpoint,
-    read_log, router_cosines, router_similarity, spearman, validate, watch)
+    ROUTERS, Config, expert_activations, expert_colors, load_balance, read_checkpoint, read_log,
+    router_cosines, router_similarity, spearman, trained_model, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, get_tokenizer, open_corpus, open_dataset, printable)
 
@@ -77,12 +77,13 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
     eval mode: nothing moves. Its perplexity and load are those of its own last evaluation.
     `known`: metrics of other runs; another seed of one of them is spared the long measurement of
     gradients. Raises ValueError for a run that cannot be measured."""
-    router = read_checkpoint(folder / "ckpt.pt")["config"].get("router")
+    checkpoint = read_checkpoint(folder / "ckpt.pt")
+    router = checkpoint["config"].get("router")
     if router not in ROUTERS:
         raise ValueError(f"its router {router!r} is not registered; import the script that does it "
                          f'first: python -c "import my_router, analyze; analyze.main([\'{folder}'
                          '\'])"')
-    model, checkpoint = load_checkpoint(folder / "ckpt.pt")
+    model = trained_model(checkpoint, folder / "ckpt.pt")
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise ValueError("its weights are not finite; train it again with a lower learning rate.")
     c, step, evaluation = model.config, checkpoint["step"], checkpoint["evaluation"]

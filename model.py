@@ -124,11 +124,11 @@ class Experts(torch.autograd.Function):
     grouped_mm(a, b, offs=ends) with b (E, ...) multiplies rows ends[i-1] to ends[i] of a by b[i],
     with two matrices these columns of a by these rows of b, one product an expert. Forward and
     backward only gather rows, by `order` or `inverse`, and never add atomically, so two runs agree
-    to the last bit. The gate scales the narrow activation in front of W_down, not the
-    wide result behind it, as a row scale commutes with the product. Saved for the backward pass are
-    the inputs and the pre-activations a and b; the cheap rest is computed again, so activation
-    memory does not grow with K copies of the hidden states (the idea of SonicMoE, arXiv
-    2512.14080; torch.compile sees that xs and h are computed twice and keeps them after all).
+    to the last bit. The gate scales the narrow activation in front of W_down, not the wide result
+    behind it, as a row scale commutes with the product. Saved for the backward pass are the inputs
+    and the pre-activations a and b; the cheap rest is computed again, so activation memory does not
+    grow with K copies of the hidden states (the idea of SonicMoE, arXiv 2512.14080; torch.compile
+    sees that xs and h are computed twice and keeps them after all).
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
     float32; order (N*K): the assignments t * K + k in expert order; inverse (N, K): the place of
@@ -450,12 +450,13 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the files of a run
 
 def read_checkpoint(path) -> dict:
-    """What train.save_checkpoint wrote. The file is mapped, not read: what the caller does not
-    touch (the optimizer's state is twice the model) costs no memory. Raises ValueError for a
-    missing, damaged or foreign file."""
+    """What train.save_checkpoint wrote. The file is read once, for its checksums, and then mapped:
+    what the caller does not touch (the optimizer's state is twice the model) costs no memory.
+    Raises ValueError for a missing, damaged or foreign file."""
     try:
-        if zipfile.ZipFile(path).testzip():  # torch itself does not compare the checksums
-            raise ValueError("a checksum does not fit")
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch itself does not compare the checksums
+                raise ValueError("a checksum does not fit")
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         for key in ("model", "optimizer", "step", "config", "evaluation", "rng", "history",
                     "data_sha256", "val_sha256", "tokenizer"):
@@ -472,6 +473,11 @@ def read_checkpoint(path) -> dict:
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     """-> (the trained model, on the CPU; the checkpoint). Raises ValueError as read_checkpoint."""
     checkpoint = read_checkpoint(path)
+    return trained_model(checkpoint, path), checkpoint
+
+
+def trained_model(checkpoint: dict, path) -> SMoETransformer:
+    """-> the model of a checkpoint that was read from `path`, on the CPU. Raises ValueError."""
     names = {field.name for field in fields(Config)}
     try:
         config = Config(**{k: v for k, v in checkpoint["config"].items() if k in names})
@@ -480,7 +486,7 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not hold a model of this project ({reason}).") from None
-    return model, checkpoint
+    return model
 
 
 def read_log(path: Path) -> list[dict]:

@@ -1781,8 +1781,7 @@ def test_an_own_routers_gradient_is_measured_whatever_its_parameter_is_called(mo
 
 # ---------------------------------------------------------------- the command, end to end
 
-RUN = [flag for flag in TOY if "eval_iters" not in flag] + [
-    "--block_size=64", "--eval_tokens=64", "--final_eval_tokens=512"]
+RUN = [*TOY, "--block_size=64", "--eval_tokens=64", "--final_eval_tokens=512"]
 METRICS = (
     "load_std max_violation load_cv router_similarity router_similarity_signed common_share "
     "anisotropy coupling_spearman coupling_spearman_silu coupling_spearman_swiglu selected_ratio "
