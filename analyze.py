@@ -469,7 +469,7 @@ def token_information(tokens: Tensor, experts: Tensor, E: int) -> Tensor:
     """tokens, experts (N) -> their mutual information in bits, H(token) + H(expert) - H(both), less
     its value after the experts are shuffled, as N tokens show some by accident. At most H(expert);
     0 for a router that does not look at the token. Where most ids are rare (N not far above V * E)
-    the shuffled value is too large, and this a lower bound: compare at one vocabulary and N only."""
+    the shuffled value is too large, and this a lower bound: compare at one vocabulary and N."""
     shuffle = torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
 
     def information(experts):

@@ -1429,7 +1429,8 @@ def edit_meta(folder, **changes):
     (lambda d: edit_meta(d, sha256={}), "train.bin")])
 def test_a_damaged_data_set_is_refused_with_the_command_that_makes_it_anew(corpus, damage, part):
     damage(corpus)
-    with pytest.raises(ValueError, match=f"{part}.* run python prepare_data.py .*--name=texts.$") as error:
+    advice = "run python prepare_data.py .*--name=texts.$"
+    with pytest.raises(ValueError, match=f"{part}.* {advice}") as error:
         open_dataset(corpus, 8, 320)
     assert ("delete that folder and run" in str(error.value)) == (corpus / "meta.json").exists()
 
@@ -1858,7 +1859,8 @@ def test_a_run_that_was_stopped_is_evaluated_on_the_same_tokens(analysis, workpl
         assert found[key] == pytest.approx(analysis[2]["aux-1"][key])
 
 
-def test_the_tables_have_a_row_a_run_or_group_and_last_the_papers_numbers_with_their_source(analysis):
+def test_the_tables_have_a_row_a_run_or_group_and_last_the_papers_numbers_with_their_source(
+        analysis):
     table = analysis[0].stdout.split("\n\n")[0].splitlines()
     assert [line.split(" | ")[0] for line in table] == [
         "| run", "| ---", "| aux-1", "| aux-2", "| kmeans-1", "| lossfree-1", "| **paper** (1B)"]
@@ -2286,7 +2288,8 @@ def lesson():
     return json.loads((ROOT / "docs/lesson.ipynb").read_text())["cells"]
 
 
-def test_the_lesson_has_at_most_fifteen_cells_and_stores_the_outputs_of_one_run_without_errors(lesson):
+def test_the_lesson_has_at_most_fifteen_cells_and_stores_the_outputs_of_one_run_without_errors(
+        lesson):
     code = [cell for cell in lesson if cell["cell_type"] == "code"]
     outputs = [output for cell in code for output in cell["outputs"]]
     assert len(lesson) <= 15
@@ -2294,7 +2297,8 @@ def test_the_lesson_has_at_most_fifteen_cells_and_stores_the_outputs_of_one_run_
     assert {o["output_type"] for o in outputs} == {"stream", "display_data"}  # no error
     assert {o["name"] for o in outputs if o["output_type"] == "stream"} == {"stdout"}  # no warning
     assert sum("image/png" in o.get("data", ()) for o in outputs) == 6
-    assert not re.search(r"/(home|root|tmp|work|Users)/", json.dumps(lesson))  # no path of a machine
+    # no path of a machine
+    assert not re.search(r"/(home|root|tmp|work|Users)/", json.dumps(lesson))
 
 
 def test_the_lesson_runs_from_top_to_bottom_and_its_numbers_are_what_its_text_says(
@@ -2461,7 +2465,8 @@ def test_the_readmes_router_trains_resumes_and_is_analyzed_by_the_commands_that_
 
 def test_a_run_of_an_own_router_says_the_command_that_resumes_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/my_router.py"])
-    assert train.command("my_router", "--out_dir=my run") == "python my_router.py '--out_dir=my run'"
+    assert train.command("my_router", "--out_dir=my run") == (
+        "python my_router.py '--out_dir=my run'")
     assert train.command("analyze", "out/hash") == (
         "python -c \"import my_router, analyze; analyze.main(['out/hash'])\"")
 

@@ -306,7 +306,8 @@ def claim(out_dir: Path, c: TrainConfig):
     if found and not (c.resume or c.overwrite):
         go_on = "--resume to go on with it, " if found[0].name == "ckpt.pt" else ""
         raise ValueError(f"{out_dir} already holds a run ({found[0].name}); pass {go_on}"
-                         "--overwrite to start anew, which keeps it as *.old-N.*, or another --out_dir.")
+                         "--overwrite to start anew, which keeps it as *.old-N.*, or another "
+                         "--out_dir.")
     if c.overwrite and found:
         n = next(n for n in count(1) if not list(out_dir.glob(f"*.old-{n}.*")))
         for path in found:
