@@ -21,8 +21,7 @@ import re
 import sys
 import tempfile
 import textwrap
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import fields
+from contextlib import ExitStack
 from functools import partial
 from itertools import combinations, count, cycle
 from pathlib import Path
@@ -35,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    ROUTERS, Config, expert_activations, expert_colors, load_balance, read_checkpoint, read_log,
+    ROUTERS, expert_activations, expert_colors, load_balance, read_checkpoint, read_log,
     router_cosines, router_similarity, spearman, trained_model, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, get_tokenizer, open_corpus, open_dataset, printable)
@@ -575,32 +574,19 @@ def measure(run: Observed) -> dict:
 
 # ---------------------------------------------------------------- groups and tables
 
-# What runs may differ in whose numbers are averaged: the seed, and settings that change no number.
-# Not the same as train.INCIDENTAL, what a run may change on its way: that has the sizes of the
-# evaluations too, and numbers depend on these.
+# Runs that differ in nothing but these, which change no number, and the seed are averaged.
 AVERAGED_OVER = {"seed", "out_dir", "device", "compile", "resume", "overwrite", "bench", "config",
                  "eval_interval", "log_interval"}
-USES = {  # which of the routers' settings each of the built-in ones uses; the others it ignores
-    "aux": {"score_fn", "z_loss_coef", "aux_loss_coef"},
-    "lossfree": {"score_fn", "z_loss_coef", "bias_update_rate"},
-    "kmeans": {"bias_update_rate", "ema_decay", "gate_temperature"},
-    "none": {"score_fn", "z_loss_coef"}}
-COLUMNS = (  # header, keys, what the paper reports
-    ("perplexity", ("perplexity",), "kmeans 2.2 % above lossfree, about level with aux"),
-    ("load CV", ("load_cv",), "aux 0.015, lossfree 0.018, kmeans 0.008, if its Std is relative"),
-    ("max violation", ("max_violation",), "kmeans 0.037 (third-party digest)"),
-    ("similarity, mean abs cos (chance)", ("router_similarity", "router_similarity_chance"),
-     "aux nearly three times lossfree"),
-    ("signed", ("router_similarity_signed",), ""),
-    ("common share", ("common_share",), ""),
-    ("Spearman score, activation (after SiLU, SwiGLU)",
-     ("coupling_spearman", "coupling_spearman_silu", "coupling_spearman_swiglu"),
-     "0.43 (third-party digest)"),
-    ("selected ratio", ("selected_ratio",), "above 1, no number"),
-    ("alignment matched (mismatched)", ("alignment_matched", "alignment_mismatched"),
-     "highest for kmeans, no number"),
-    ("token information, bits (ceiling)", ("token_information", "token_entropy"), ""),
-    ("unrouted gradient share", ("unrouted_gradient_share",), "aux alone, no number"))
+COLUMNS = {  # header: keys
+    "perplexity": ("perplexity",), "load CV": ("load_cv",), "max violation": ("max_violation",),
+    "similarity, mean abs cos (chance)": ("router_similarity", "router_similarity_chance"),
+    "signed": ("router_similarity_signed",), "common share": ("common_share",),
+    "Spearman score, activation (after SiLU, SwiGLU)": (
+        "coupling_spearman", "coupling_spearman_silu", "coupling_spearman_swiglu"),
+    "selected ratio": ("selected_ratio",),
+    "alignment matched (mismatched)": ("alignment_matched", "alignment_mismatched"),
+    "token information, bits (ceiling)": ("token_information", "token_entropy"),
+    "unrouted gradient share": ("unrouted_gradient_share",)}
 ROUTER_STYLES = {  # colour (Okabe-Ito), line, marker: each tells them apart, in grey too
     "aux": ("#E69F00", "--", "s"), "lossfree": ("#0072B2", "-", "o"),
     "kmeans": ("#009E73", "-.", "^"), "none": ("#000000", ":", "D")}
@@ -627,13 +613,9 @@ class Group(NamedTuple):
 
 
 def experiment(run: dict) -> dict:
-    """What runs have in common whose numbers may be averaged. A setting that the run's router does
-    not use counts as left at its default; an own router may use them all."""
-    of_routers = set().union(*USES.values())
-    ignored = of_routers - USES.get(run["settings"]["router"], of_routers)
-    defaults = {field.name: field.default for field in fields(Config) if field.name in ignored}
+    """What runs have in common whose numbers may be averaged."""
     kept = {key: value for key, value in run["settings"].items() if key not in AVERAGED_OVER}
-    return kept | defaults | {"step": run["step"], "tokens": run["tokens"]}
+    return kept | {"step": run["step"], "tokens": run["tokens"]}
 
 
 def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
@@ -675,42 +657,33 @@ def mean_and_spread(seeds: list[dict], key: str) -> str:
 
 
 def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
-    """rows: (name, metrics of one run or of several seeds) -> Markdown, the paper's numbers last.
-    Of several seeds: mean ± sample standard deviation. Perplexities on other tokens are marked."""
-    evaluated = [(s[0]["val_tokens"], s[0]["settings"]["val_sha256"][:8],
-                  s[0]["settings"]["block_size"]) for _, s in rows]
-    texts = list(dict.fromkeys(evaluated))
-    lines = [("run", "router", "seed", "step", *(header for header, _, _ in COLUMNS)),
-             ("---",) * (4 + len(COLUMNS))]
-    for (name, seeds), text in zip(rows, evaluated):
+    """rows: (name, metrics of one run or of several seeds) -> Markdown. Of several seeds: mean ±
+    sample standard deviation."""
+    lines = [("run", "router", "seed", "step", *COLUMNS), ("---",) * (4 + len(COLUMNS))]
+    for name, seeds in rows:
         step, planned = seeds[0]["step"], seeds[0]["settings"].get("max_iters")
         cells = [name.replace("|", "\\|"), seeds[0]["router"],
                  ", ".join("–" if run["seed"] is None else str(run["seed"]) for run in seeds),
                  "–" if step is None else f"{step} of {planned}" if step < planned else str(step)]
-        for _, (key, *more), _ in COLUMNS:
+        for key, *more in COLUMNS.values():
             others = ", ".join(mean_and_spread(seeds, k) for k in more)
             cells.append(mean_and_spread(seeds, key) + (f" ({others})" if more else ""))
-        if len(texts) > 1:
-            cells[4] += f" [{texts.index(text) + 1}]"
         lines.append(cells)
-    lines.append(("**paper** (1B)", "", "", "", *(paper for _, _, paper in COLUMNS)))
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    if len(texts) > 1:
-        table += "\n\nPerplexities with different numbers are not comparable: " + ", ".join(
-            f"[{i}] {n} tokens of text {sha} in windows of {T}"
-            for i, (n, sha, T) in enumerate(texts, 1))
-    return table
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def differing_settings(groups: list[Group]) -> str:
     """One line that names every setting in which the groups differ, but for the router."""
-    parts = []
-    for key, labels in differing(groups).items():
+    found, parts = differing(groups), []
+    for key, labels in found.items():
         usual, *others = sorted(labels, key=lambda value: -len(labels[value]))
         if key != "router":
             parts.append(", ".join(f"{key} {value} ({', '.join(labels[value])})"
                                    for value in others) + f", else {usual}")
-    return f"Settings that differ: {'; '.join(parts) or 'router and seed alone'}."
+    line = f"Settings that differ: {'; '.join(parts) or 'router and seed alone'}."
+    if {"val_sha256", "block_size", "final_eval_tokens"} & found.keys():
+        line += " So perplexities are of different texts or windows, and not comparable."
+    return line
 
 
 def paired_differences(groups: list[Group]) -> list[str]:
@@ -730,14 +703,8 @@ def paired_differences(groups: list[Group]) -> list[str]:
 
 
 # ---------------------------------------------------------------- draw: metrics.json -> figures
-# Each function draws on `fig` and returns the title: a message only where the numbers show it.
-# None: there is nothing to draw.
-
-def same_shape(groups: list[Group]) -> bool:
-    """Else chance levels differ, and no title compares them."""
-    return len({(group.runs[0]["n_expert"], group.runs[0]["top_k"],
-                 group.runs[0]["settings"].get("n_embd")) for group in groups}) == 1
-
+# Each function draws on `fig`, and nothing where there is nothing to draw. The title, in FIGURES,
+# says how the figure is read, whatever the runs show.
 
 CHANCE = dict(color="0.35", linestyle=(0, (1, 1)), linewidth=1.5)
 
@@ -803,7 +770,7 @@ def add_legend(fig, ax) -> None:
                ncols=6 if len(labels) < 7 else 4)
 
 
-def draw_coupling(fig, groups) -> str:
+def draw_coupling(fig, groups) -> None:
     ax = fig.subplots()
     for group in groups:
         draw_line(ax, group, group.values("coupling_by_rank"))
@@ -813,12 +780,9 @@ def draw_coupling(fig, groups) -> str:
            xlim=(0.5, max(len(group.mean("coupling_by_rank")) for group in groups) + 0.5),
            ylabel="reaction of the expert, ||W_gate x||\n(1: its average over all tokens)")
     add_legend(fig, ax)
-    if all(group.mean("coupling_by_rank").argmax() == 0 for group in groups):
-        return "Experts react most to the tokens for which the router ranks them first"
-    return "How strongly experts react, by the rank that their router gives them"
 
 
-def draw_load(fig, groups) -> str:
+def draw_load(fig, groups) -> None:
     left, right = fig.subplots(1, 2)
     for group in groups:
         draw_line(left, group, group.values("load_sorted") * group.runs[0]["n_expert"] - 1)
@@ -833,15 +797,9 @@ def draw_load(fig, groups) -> str:
     draw_points(right, groups, "load_cv", "Std of the load / even load\n(dotted: what sampling "
                 "alone gives)", "load_cv_sampling", ".2g")
     plain_log(right, "x")
-    *others, most = sorted(groups, key=lambda group: group.mean("load_cv"))
-    second = others[-1].mean("load_cv") if others else math.inf
-    if most.mean("load_cv") > 2 * second and same_shape(groups):
-        ratio = most.mean("load_cv") / second
-        return f"The load of {most.label} is at least {ratio:.1f} times as uneven as any other"
-    return "How evenly the experts are loaded"
 
 
-def draw_similarity(fig, groups) -> str:
+def draw_similarity(fig, groups) -> None:
     order = sorted(groups, key=lambda group: group.mean("router_similarity"))
     chosen = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})]
     maps = [np.array(group.runs[0]["cosines"]) for group in chosen]      # (E, E) each
@@ -856,14 +814,9 @@ def draw_similarity(fig, groups) -> str:
                f"(chance: {group.mean('router_similarity_chance'):.3f}), "
                f"mean {group.mean('router_similarity_signed'):+.3f}")
     fig.colorbar(image, ax=axes, label="cosine of two router directions", shrink=0.7)
-    least, most = (group.mean("router_similarity") for group in (order[0], order[-1]))
-    if most > 2 * least > 0 and same_shape(groups):
-        return (f"Router directions in {order[-1].label} are {most / least:.1f} times as alike as "
-                f"in {order[0].label}")
-    return "How alike router directions are"
 
 
-def draw_common_mode(fig, groups) -> str:
+def draw_common_mode(fig, groups) -> None:
     logged = [group for group in groups if all(run["log"] for run in group.runs)]
     left, right = fig.subplots(1, 2)
     for group in logged:
@@ -877,26 +830,17 @@ def draw_common_mode(fig, groups) -> str:
     add_legend(fig, left)
     draw_points(right, groups, "common_share", "share of the mean hidden state in a router\n"
                 "direction's energy (dotted: chance)", "common_share_chance")
-    alike, common = ([group.mean(key) for group in groups]
-                     for key in ("router_similarity", "common_share"))
-    if len(groups) > 3 and same_shape(groups) and (
-            max(alike) > 2 * min(alike) and np.corrcoef(alike, common)[0, 1] > 0.9):
-        return "Router directions that grow alike line up with the mean hidden state"
-    return "How alike router directions grow, and what they share with the hidden states"
 
 
-def draw_alignment(fig, groups) -> str:
+def draw_alignment(fig, groups) -> None:
     draw_points(fig.subplots(), groups, "alignment_matched", "|cosine| of router direction and its "
                 "own expert (dotted: and another expert)", "alignment_mismatched")
-    if all((group.values("alignment_difference") > 0).all() for group in groups):
-        return "A router direction fits its own expert better than the others"
-    return "How well router directions fit their experts"
 
 
-def draw_training(fig, groups) -> str | None:
+def draw_training(fig, groups) -> None:
     groups = [group for group in groups if all(run["log"] for run in group.runs)]
     if not groups:
-        return None
+        return
     (a, b), (c, d) = fig.subplots(2, 2)
     for group in groups:
         for ax, key in ((a, "perplexity"), (d, "coupling_spearman")):
@@ -925,17 +869,13 @@ def draw_training(fig, groups) -> str | None:
     plain_log(a, "y")
     plain_log(c, "y")
     add_legend(fig, a)
-    curves = [curve(run, "coupling_spearman") for group in groups for run in group.runs]
-    if all(curves) and all(abs(found[min(found)]) < 0.1 < found[max(found)] for found in curves):
-        return "There is no coupling at first; it accumulates in training, under every router"
-    return "Training: perplexity, balance and coupling"
 
 
-def draw_gradients(fig, groups) -> str | None:
+def draw_gradients(fig, groups) -> None:
     groups = [group for group in groups if len(group.values("gradient_reach"))]
     with_aux = [group for group in groups if len(group.values("aux_gradient_ratio"))]
     if not groups:
-        return None
+        return
     left, *right = fig.subplots(1, 2 if with_aux else 1, squeeze=False)[0]
     draw_points(left, groups, "gradient_reach", "experts whose router rows\none token's gradient "
                 "reaches", spec=".3g")
@@ -945,24 +885,19 @@ def draw_gradients(fig, groups) -> str | None:
             draw_line(ax, group, group.values("aux_gradient_ratio"), tokens)
         plain_log(ax, "x")
         ax.set_xticks(tokens, [f"{n:,.0f}" for n in tokens])
-        ax.set(xlabel="tokens in a step", ylabel="gradient of the router rows:\n"
+        ax.set(xlabel="tokens in a step (the first seed)", ylabel="gradient of the router rows:\n"
                "auxiliary / language-model loss")
         add_legend(fig, ax)
-    wide = [group.label for group in groups
-            if group.mean("gradient_reach") > group.runs[0]["top_k"] + 0.5]
-    if wide == [group.label for group in with_aux] and 0 < len(wide) < len(groups):
-        return "Only an auxiliary loss moves the rows of experts that a token does not visit"
-    return "How far one token's gradient reaches in the router"
 
 
-def draw_experts(fig, groups) -> str | None:
+def draw_experts(fig, groups) -> None:
     last, panels = groups[-1], {}
     for group in groups:
         if group.runs[0]["text"]:
             panels.setdefault(group.runs[0]["router"], group)
     groups = list(panels.values())[:4]  # the first of each router
     if not groups:
-        return None
+        return
     fig.set_layout_engine("none")
     grid = fig.add_gridspec(len(groups), 2, left=0.02, right=0.98, top=0.86, bottom=0.02,
                             width_ratios=(65, 30), wspace=0.02)
@@ -995,26 +930,21 @@ def draw_experts(fig, groups) -> str | None:
                 **mono)
     for ax in fig.axes:
         ax.set_axis_off()
-    known = sorted(group.mean("token_information") / max(1e-9, group.mean("token_entropy"))
-                   for group in groups)
-    share = " to ".join(dict.fromkeys(f"{value:.0%}" for value in (known[0], known[-1])))
-    return f"The token alone tells at least {share} of the choice of its expert"
 
 
-FIGURES = {  # file: what draws it, its height in inches and that of one group more
-    "coupling.png": (draw_coupling, 4.6, 0.05), "load.png": (draw_load, 3.8, 0.15),
-    "similarity.png": (draw_similarity, 3.6, 0), "alignment.png": (draw_alignment, 1.6, 0.3),
-    "common_mode.png": (draw_common_mode, 3.8, 0.15), "training.png": (draw_training, 6, 0.05),
-    "gradients.png": (draw_gradients, 2.8, 0.25), "experts.png": (draw_experts, 7, 0)}
-
-
-@contextmanager
-def naming(path: Path):
-    """Of a full disk, Python does not say which file it was."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror or error}).") from error
+FIGURES = {  # file: what draws it, its title, its height in inches and that of one group more
+    "coupling.png": (draw_coupling, "Coupled: the higher the router ranks an expert, the more it "
+                     "reacts", 4.6, 0.05),
+    "load.png": (draw_load, "Balanced: the line is flat, and the point far to the left", 3.8, 0.15),
+    "similarity.png": (draw_similarity, "Alike: router directions with red between them", 3.6, 0),
+    "alignment.png": (draw_alignment, "Aligned: the point lies to the right of the dotted line",
+                      1.6, 0.3),
+    "common_mode.png": (draw_common_mode, "Alike for a common reason: directions that share the "
+                        "mean hidden state", 3.8, 0.15),
+    "training.png": (draw_training, "Perplexity, balance and coupling while they grow", 6, 0.05),
+    "gradients.png": (draw_gradients, "Whose router rows one token moves, and how much of that is "
+                      "balancing", 2.8, 0.25),
+    "experts.png": (draw_experts, "Sorted by token: where one character keeps one colour", 7, 0)}
 
 
 def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
@@ -1024,16 +954,15 @@ def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
 
     rcParams["text.parse_math"] = False  # a $ in a name or a token is a $
     paths = []
-    for name, (draw, height, more) in FIGURES.items():
+    for name, (draw, title, height, more) in FIGURES.items():
         path = out_dir / name
         fig = Figure(figsize=(9, height + more * len(groups)), layout="compressed")
-        title = draw(fig, groups)
-        if title is None:
+        draw(fig, groups)
+        if not fig.axes:
             path.unlink(missing_ok=True)  # that of an earlier analysis
             continue
         fig.suptitle(title, fontsize=13)
-        with naming(path):
-            fig.savefig(path, dpi=150)
+        fig.savefig(path, dpi=150)
         paths.append(path)
     return paths
 
@@ -1085,7 +1014,7 @@ def make_out_dir(name: str) -> Path:
         raise ValueError(f"--out_dir={out_dir} is no folder to write to ({error.strerror}); name "
                          "another.") from error
     figures = [figure for figure in FIGURES if (out_dir / figure).exists()]
-    if figures and not any(map(is_metrics, out_dir.glob("metrics*.json"))):
+    if figures and not (out_dir / "metrics.json").exists():
         raise ValueError(f"{out_dir} holds {figures[0]}, but no metrics.json, so it is not of an "
                          "analysis and is left as it is; name another --out_dir.")
     return out_dir
@@ -1102,26 +1031,19 @@ def read_metrics(path: Path) -> dict[str, dict]:
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None
 
 
-def is_metrics(path: Path) -> bool:
-    with suppress(ValueError):
-        return bool(read_metrics(path))
-    return False
-
-
-def replace_metrics(path: Path, new: Path, runs: dict) -> None:
-    """`new` becomes `path`. What lies there goes aside if it holds what the new one lacks."""
-    about = lambda run: [run.get(key) for key in (
-        "settings", "step", "tokens", "perplexity", "router_similarity")]
+def write_metrics(path: Path, runs: dict) -> None:
+    """Another text that lies at `path`, such as an earlier analysis, goes aside."""
+    text, temporary = json.dumps(runs) + "\n", path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        lost = path.exists() and any(name not in runs or about(run) != about(runs[name])
-                                     for name, run in read_metrics(path).items())
-    except ValueError:  # who knows what it holds
-        lost = True
-    if lost:
+        temporary.write_text(text)  # two analyses may run at once
+    except OSError as error:  # of a full disk, Python does not say which file it was
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({error.strerror}).") from error
+    if path.exists() and path.read_bytes() != temporary.read_bytes():
         aside = (path.with_name(f"metrics-{n}.json") for n in count(1))
         kept = path.rename(next(free for free in aside if not free.exists()))
         print(f"{path} held another analysis: it is {kept} now.", file=sys.stderr)
-    os.replace(new, path)  # a reader sees the old file or the new one
+    os.replace(temporary, path)  # a reader sees the old file or the new one
 
 
 def main(argv: list[str]) -> None:
@@ -1149,15 +1071,17 @@ def main(argv: list[str]) -> None:
                 runs[f"{place}/{name}" if name in runs else name] = metrics
         except (ValueError, OSError, RuntimeError, MemoryError) as error:  # also: out of memory
             notes = [f"{source} is left out: {' '.join(str(error).split())}"]  # on one line
+        except KeyboardInterrupt:  # what was measured is not lost
+            print(f"interrupted at {source}: only what was measured before follows.",
+                  file=sys.stderr)
+            break
         for note in notes:
             print(note, file=sys.stderr)
     if not runs:
         raise ValueError("no run is left to analyze.")
 
     path = out_dir / "metrics.json"
-    new = out_dir / f"metrics.{os.getpid()}.tmp"  # two analyses may run at once
-    with naming(new):
-        new.write_text(json.dumps(runs) + "\n")
+    write_metrics(path, runs)
     groups, notes = group_runs(runs)
     print(markdown_table([(name, [run]) for name, run in runs.items()]), differing_settings(groups),
           *notes, sep="\n\n")
@@ -1171,11 +1095,11 @@ def main(argv: list[str]) -> None:
     try:
         figures = draw_figures(groups, out_dir)
     except ImportError:
-        print("matplotlib is missing: for the figures run pip install matplotlib, then this "
-              "command again.", file=sys.stderr)
+        print("matplotlib is missing: for the figures run pip install matplotlib, then python "
+              f"analyze.py {path}.", file=sys.stderr)
     except OSError as error:
-        raise OSError(f"{error} The numbers are in {new}.") from error
-    replace_metrics(path, new, runs)
+        raise OSError(f"a figure in {out_dir} could not be written ({error.strerror}); the numbers "
+                      f"are in {path}.") from error
     print(f"\nWrote {', '.join(map(str, [path, *figures]))}.")
 
 

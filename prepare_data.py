@@ -182,17 +182,22 @@ def download_shakespeare(path):
 
 
 def stream_fineweb_edu(val_fraction):
-    """Yields the paper-scale corpus: the smallest published sample that holds 50B tokens."""
+    """Yields the paper-scale corpus: the smallest published sample that holds 50B tokens. A stream
+    that breaks ends it there, as what has arrived may have taken a day."""
+    n = 0
     try:
         from datasets import load_dataset
-        for row in load_dataset("HuggingFaceFW/fineweb-edu", "sample-100BT", split="train",
-                                streaming=True):
+        for n, row in enumerate(load_dataset("HuggingFaceFW/fineweb-edu", "sample-100BT",
+                                             split="train", streaming=True), 1):
             digest = hashlib.sha256(row["text"].encode()).digest()
             yield split_of(digest, val_fraction), row["text"], True
     except Exception as error:  # no such package, no network, whatever its HTTP layers raise
-        raise ValueError(f"fineweb-edu could not be streamed ({type(error).__name__}): it needs "
-                         "network and pip install datasets; or copy data/fineweb-edu from a "
-                         "machine that has both.") from error
+        if not n:
+            raise ValueError(f"fineweb-edu could not be streamed ({type(error).__name__}): it needs "
+                             "network and pip install datasets; or copy data/fineweb-edu from a "
+                             "machine that has both.") from error
+        print(f"The stream broke ({type(error).__name__}): the data set ends after {n} documents.",
+              file=sys.stderr)
 
 
 # ---------------------------------------------------------------- pieces -> token files
