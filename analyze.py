@@ -941,7 +941,7 @@ FIGURES = {  # file: what draws it, its title, its height in inches and that of 
                       1.6, 0.3),
     "common_mode.png": (draw_common_mode, "Alike for a common reason: directions that share the "
                         "mean hidden state", 3.8, 0.15),
-    "training.png": (draw_training, "Perplexity, balance and coupling while they grow", 6, 0.05),
+    "training.png": (draw_training, "What training does to perplexity, balance and coupling", 6, 0.05),
     "gradients.png": (draw_gradients, "Whose router rows one token moves, and how much of that is "
                       "balancing", 2.8, 0.25),
     "experts.png": (draw_experts, "Sorted by token: where one character keeps one colour", 7, 0)}
