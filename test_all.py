@@ -4,7 +4,6 @@
     python -m pytest test_all.py -k kmeans  # what is said of one subject"""
 import contextlib
 import functools
-import gc
 import hashlib
 import io
 import json
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -29,7 +27,6 @@ import tiktoken
 import tiktoken_ext.openai_public
 import torch
 import torch.nn.functional as F
-import weakref
 
 import analyze
 import prepare_data
@@ -731,17 +728,6 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
     assert same_state(whole["model"], halves["model"]) and halves["step"] == 6
 
 
-def test_a_resumed_run_may_be_interrupted_before_its_first_evaluation(workdir, monkeypatch):
-    run_train("--out_dir=out/a", "--max_iters=3")
-
-    def interrupt(routers):
-        os.kill(os.getpid(), signal.SIGINT)
-        update_routers(routers)
-    monkeypatch.setattr(train, "update_routers", interrupt)
-    train.main(["--out_dir=out/a", "--resume", "--max_iters=6"])
-    assert read_checkpoint("out/a/ckpt.pt")["step"] == 4
-
-
 def test_resume_forgets_what_the_log_says_after_the_checkpoint_and_what_it_cannot_read(workdir):
     run_train("--out_dir=out/a", "--max_iters=3")
     with open("out/a/log.jsonl", "a") as log:  # as if killed -9 in step 5, in the middle of a line
@@ -829,24 +815,6 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_lives(wo
     run_train("--out_dir=out/a")
 
 
-def test_what_another_run_did_until_the_lock_was_free_is_seen(workdir, monkeypatch):
-    import fcntl
-    run_train("--out_dir=out/other", "--max_iters=3")
-
-    def late(file, how):  # the other run ends just before the lock is taken
-        os.rename("out/other/ckpt.pt", "out/a/ckpt.pt")
-    monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(ValueError, match="out/a already holds a run"):
-        run_train("--out_dir=out/a")
-    assert read_checkpoint("out/a/ckpt.pt")["step"] == 3
-
-
-def test_a_disk_without_locks_is_no_reason_to_refuse_a_run(workdir, monkeypatch):
-    import fcntl
-    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(37, "No locks available")))
-    run_train("--out_dir=out/a", "--max_iters=1")
-
-
 def test_overwrite_keeps_what_it_replaces(workdir, monkeypatch):
     run_train("--out_dir=out/a")
     before = [Path(f"out/a/{name}").read_bytes() for name in ("ckpt.pt", "log.jsonl")]
@@ -857,20 +825,10 @@ def test_overwrite_keeps_what_it_replaces(workdir, monkeypatch):
     assert len(read_log("out/a")) == 3 and read_checkpoint("out/a/ckpt.pt")["step"] == 2
     assert before == [Path(f"out/a/{name}").read_bytes() for name in (
         "ckpt.old-1.pt", "log.old-1.jsonl")]
-    run_train("--out_dir=out/a", "--overwrite", "--max_iters=1")  # nor does the next one lose it
-    assert read_checkpoint("out/a/ckpt.old-1.pt")["step"] == 6
-    assert read_checkpoint("out/a/ckpt.old-2.pt")["step"] == 2
-
-
-def test_a_log_without_a_checkpoint_and_a_file_called_lock_are_kept(workdir):
-    Path("out/a").mkdir(parents=True)
-    Path("out/a/lock").write_text("mine")
-    Path("out/a/log.jsonl").write_text("my notes")
-    done = run_script("train.py", *TOY, "--out_dir=out/a")
-    assert done.returncode == 2 and "holds a run (log.jsonl); pass --overwrite" in done.stderr
+    os.remove("out/a/ckpt.pt")  # a log alone is not lost either
     run_train("--out_dir=out/a", "--overwrite", "--max_iters=1")
-    assert Path("out/a/lock").read_text() == "mine"
-    assert Path("out/a/log.old-1.jsonl").read_text() == "my notes"
+    assert read_checkpoint("out/a/ckpt.old-1.pt")["step"] == 6
+    assert len(read_log("out/a")) == 2 and Path("out/a/log.old-2.jsonl").exists()
 
 
 def test_a_tilde_in_out_dir_is_the_home_folder(workdir, monkeypatch):
@@ -1086,11 +1044,6 @@ def test_help_names_every_field_with_its_comment_and_default(capsys):
     assert "weight of the load-balancing loss (default: 0.01)" in text
 
 
-def test_booleans_are_flags_and_no_takes_them_back():
-    for flag, value in (("--overwrite", True), ("--no-overwrite", False)):
-        assert train.parse_args([flag, "--out_dir=nowhere"])[0].overwrite is value
-
-
 def test_bench_prints_speed_and_memory_and_writes_nothing(workdir, capsys):
     run_train("--bench")
     out = capsys.readouterr().out
@@ -1186,8 +1139,7 @@ def test_the_content_of_a_document_alone_decides_its_split(tmp_path):
 
 
 @pytest.mark.parametrize("text, train", [
-    ("line\r\n" * 100, "line\r\n" * 95), ("äöü\n" * 99, "äöü\n" * 94),  # at a line end
-    ("first\nsecond", "first\n"), ("\nx", "\n"),                        # one line to each
+    ("äöü\r\n" * 99, "äöü\r\n" * 94), ("first\nsecond", "first\n"),     # at a line end
     ("x" * 100, "x" * 95)])                                             # in the only line
 def test_the_tail_of_a_single_file_is_val(tmp_path, text, train):
     folder = write_folder(tmp_path / "texts", {"a.txt": text})
@@ -1275,9 +1227,8 @@ def test_a_vocabulary_above_65536_is_stored_as_uint32(tmp_path, monkeypatch):
     assert data.val.tolist() == [*b"line\n" * 5, 100_000]
 
 
-@pytest.mark.parametrize("texts", [{"a.txt": "line\n" * 500}, many(200)])
-def test_max_tokens_bounds_both_splits_together(tmp_path, texts):
-    data = open_dataset(prepared(tmp_path, texts, val_fraction=0.1, max_tokens=600), 8, 320)
+def test_max_tokens_bounds_both_splits_together(tmp_path):
+    data = open_dataset(prepared(tmp_path, many(200), val_fraction=0.1, max_tokens=600), 8, 320)
     assert (len(data.train), len(data.val)) == (540, 60)
 
 
@@ -1298,19 +1249,11 @@ def test_a_full_disk_or_an_interrupt_leaves_no_half_of_a_data_set(tmp_path, monk
     assert os.listdir("data") == []
 
 
-def test_after_kill_9_the_next_command_says_what_to_delete(tmp_path):
-    write_folder(tmp_path / "texts", many(60))
-    code = "import os, prepare_data as p; p.encode = lambda *_: os.kill(os.getpid(), 9); p.prepare"
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = python("-c", f"{code}('texts')", cwd=tmp_path, env=env)
-    assert done.returncode == -signal.SIGKILL
-    assert os.listdir(tmp_path / "data") == [".texts.tmp"]
-    assert "delete that folder" in fails(tmp_path / "texts", data_root=tmp_path / "data")
-
-
-def test_two_commands_at_once_do_not_mix_their_files(tmp_path, monkeypatch):
+def test_two_commands_at_once_do_not_mix_their_files_and_after_kill_9_one_is_told_what_to_delete(
+        tmp_path, monkeypatch):
     def meanwhile(enc, text):
-        assert "another process is preparing" in fails(texts, data_root=tmp_path / "data")
+        sentence = fails(texts, data_root=tmp_path / "data")
+        assert "another process is preparing" in sentence and "delete that folder" in sentence
         return encode(enc, text)
     texts = write_folder(tmp_path / "texts", many(60))
     monkeypatch.setattr(prepare_data, "encode", meanwhile)
@@ -1318,11 +1261,10 @@ def test_two_commands_at_once_do_not_mix_their_files(tmp_path, monkeypatch):
     assert documents(out, "val") and os.listdir(tmp_path / "data") == ["texts"]
 
 
-@pytest.mark.parametrize("flags", [{}, {"val_fraction": 0.3}, {"glob": "0*"}, {"max_tokens": 99}])
 def test_a_data_set_is_never_replaced_and_the_sentence_says_what_it_was_made_from(
-        tmp_path, corpus, flags):
+        tmp_path, corpus):
     before = {path.name: path.read_bytes() for path in corpus.iterdir()}
-    sentence = fails(tmp_path / "texts", data_root=tmp_path / "data", **flags)
+    sentence = fails(tmp_path / "texts", data_root=tmp_path / "data", val_fraction=0.3)
     assert f"made from {tmp_path}/texts; delete it" in sentence and "another --name" in sentence
     assert before == {path.name: path.read_bytes() for path in corpus.iterdir()}
     assert prepare(tmp_path / "texts", name="two", data_root=tmp_path / "data").name == "two"
@@ -1355,12 +1297,6 @@ def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
         out = prepare("shakespeare", name=name, data_root=tmp_path)
         assert documents(out, "train") == ["To be, or not to be\n" * 48]
     assert sorted(os.listdir(tmp_path)) == ["again", "shakespeare", "tinyshakespeare.txt"]
-
-
-def test_another_file_in_the_place_of_a_download_is_refused_and_not_overwritten(tmp_path):
-    (tmp_path / "tinyshakespeare.txt").write_text("my own file")
-    assert "another SHA-256" in fails("shakespeare", data_root=tmp_path)
-    assert (tmp_path / "tinyshakespeare.txt").read_text() == "my own file"
 
 
 def test_fineweb_edu_is_streamed_to_max_tokens_or_to_where_it_breaks(
@@ -1405,8 +1341,7 @@ def test_a_bad_flag_gets_one_sentence_on_stderr_and_exit_code_2(tmp_path, flags,
 
 @pytest.mark.parametrize("texts, part", [
     ({"a": "x"}, "too small to split"), ({"a": b"ok\n" * 50 + b"\xc3"}, "as UTF-8"),
-    ({"a": ""}, "of 0 documents"), ({"a": b"\xff", "b": b"\xfe"}, "2 broken"),
-    ({"a": "a", "b": "b"}, "too small to split")])
+    ({"a": ""}, "of 0 documents"), ({"a": b"\xff", "b": b"\xfe"}, "2 broken")])
 def test_texts_that_make_no_two_splits_are_refused(tmp_path, texts, part):
     write_folder(tmp_path / "texts", texts)
     assert part in fails(tmp_path / "texts", val_fraction=1e-6, data_root=tmp_path / "data")
@@ -1934,18 +1869,6 @@ def test_a_users_mistake_is_a_sentence_and_exit_code_2(workplace, flags, sentenc
     assert sentence in done.stderr and "Traceback" not in done.stderr
 
 
-def test_analyses_of_runs_of_one_name_lose_none_of_them(analysis, tmp_path):
-    for n in (1, 2, 3):
-        (tmp_path / f"{n}.json").write_text(json.dumps({"lf": analysis[2][f"aux-{n % 2 + 1}"]}))
-    analyze_in(tmp_path, "1.json", "2.json", "3.json", "--out_dir=out")
-    found = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert list(found) == ["lf", "2.json/lf", "3.json/lf"]
-    analyze_in(tmp_path, "1.json", "--out_dir=one")
-    analyze_in(tmp_path, "2.json", "--out_dir=one")  # another run of the same name
-    assert [json.loads((tmp_path / f"one/metrics{n}.json").read_text())["lf"]["seed"]
-            for n in ("-1", "")] == [2, 1]
-
-
 def test_a_run_behind_a_link_is_found(workplace, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/far").symlink_to(workplace / "out/aux-1")
@@ -2140,18 +2063,6 @@ def test_one_of_our_runs_as_a_qwen3_moe_checkpoint_gives_the_numbers_of_the_run(
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("back_end", ["eager", "batched_mm", "grouped_mm"])
-@NEEDS_TRANSFORMERS
-def test_the_back_end_of_the_experts_does_not_change_what_is_seen(back_end, tmp_path, monkeypatch):
-    save_hf(tmp_path, make_hf("gpt_oss"))
-    expected, auto = observe_hf(tmp_path), transformers.AutoModelForCausalLM
-    monkeypatch.setattr(auto, "from_pretrained", partial(
-        auto.from_pretrained, experts_implementation=back_end))
-    for a, b in zip(expected.layers, observe_hf(tmp_path).layers):
-        assert a.indices.equal(b.indices)
-        torch.testing.assert_close(a.activations, b.activations, rtol=1e-4, atol=1e-4)
-
-
 @NEEDS_TRANSFORMERS
 def test_a_selection_bias_does_not_enter_the_scores_and_need_not_mean_sigmoid(tmp_path):
     model = make_hf("ernie4_5_moe", moe_num_experts=E, moe_k=K, moe_intermediate_size=H,
@@ -2169,27 +2080,6 @@ def test_a_bfloat16_model_keeps_its_weights_and_is_measured_in_float32(tmp_path)
     assert layer.w_gate.dtype == layer.directions.dtype == torch.bfloat16
     assert layer.w_gate.untyped_storage().nbytes() == 2 * layer.w_gate.nbytes  # a view: up is there
     assert layer.scores.dtype == layer.activations.dtype == layer.mean.dtype == torch.float32
-
-
-@NEEDS_TRANSFORMERS
-def test_nothing_but_its_layers_is_kept_of_a_model(tmp_path, monkeypatch):
-    save_hf(tmp_path, make_hf("olmoe"))
-    kept, auto = [], transformers.AutoModelForCausalLM
-    load = auto.from_pretrained
-
-    def load_and_note(*args, **kwargs):
-        model, info = load(*args, **kwargs)
-        weights = [block.mlp.experts.down_proj for block in model.model.layers]
-        kept.extend(map(weakref.ref, [model, *weights]))
-        return model, info
-
-    monkeypatch.setattr(auto, "from_pretrained", load_and_note)
-    gc.disable()  # a second model may come before the next collection
-    try:
-        run = observe_hf(tmp_path)
-        assert len(kept) == 4 and [ref() for ref in kept] == [None] * 4 and len(run.layers) == 3
-    finally:
-        gc.enable()
 
 
 @NEEDS_TRANSFORMERS
