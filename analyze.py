@@ -112,7 +112,7 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
     gradients = logit_gradients(model, *next(iter(batches(1))))
     this = experiment({"settings": settings, "step": step, "tokens": len(tokens)})
-    if all(experiment(run) != this for run in known):
+    if all(experiment(run) != this for run in known):  # else: a seed of a group already measured
         gradients |= aux_gradient_ratio(model, batches(65536))
     try:
         encoding = get_tokenizer(checkpoint["tokenizer"])
@@ -151,7 +151,8 @@ def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
 def logit_gradients(model, idx: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """One batch (B, T) -> by layer, from d(loss + aux_loss) / d(router logits) (N, E):
 
-        unrouted_gradient_share    see there; nan where no gradient moves the router
+        unrouted_gradient_share    share of its energy on experts that the token does not go to; nan
+                                   where no gradient moves the router
         gradient_reach             experts whose logits one token's gradient reaches, mean"""
     with watch(model) as seen:
         _, loss, aux_loss = model(idx, targets)
@@ -216,7 +217,8 @@ def find_mixtures(model) -> list[Mixture]:
         if not {"gate_up_proj", "down_proj"} <= own.keys() or own["down_proj"].ndim != 3 or (
                 own["gate_up_proj"].element_size() < 2):  # quantized: numbers without their scale
             continue
-        both, (E, P, Q) = own["gate_up_proj"].detach(), own["down_proj"].shape
+        both = own["gate_up_proj"].detach()
+        E, P, Q = own["down_proj"].shape  # P = C and Q = H, or transposed P = H and Q = C
         if both.shape == (E, Q, 2 * P):
             both = both.transpose(1, 2)                                  # (E, 2H, C)
         elif both.shape != (E, 2 * Q, P):
@@ -253,9 +255,10 @@ def see(mixture: Mixture, rows: list, bar, experts, args: tuple) -> None:
 
 def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor | None:
     """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E): softmax or
-    sigmoid, whichever the gates follow. However a model scales or normalises its gates,
-    log gate - log score is the same for all experts of a token. Where neither fits: softmax if the
-    largest logits were selected (phimoe has gates of its own), else None."""
+    sigmoid. Both are tried: with the right one, log gate - log score is the same for all experts of
+    a token, since scaling or normalising the gates only adds a constant, so its spread is near 0. A
+    spread of half that of the log gates is no fit. Where neither fits: softmax if the largest
+    logits were selected (phimoe has gates of its own), else None."""
     def spread(values):  # within a token; with one expert each, over the tokens
         return (values - values.mean(1 if values.shape[1] > 1 else 0, True)).abs().mean()
 
@@ -422,8 +425,8 @@ def signed_similarity(directions: Tensor) -> Tensor:
 
 
 def common_share(directions: Tensor, mean: Tensor) -> Tensor:
-    """directions (E, C), mean hidden state (C) -> mean over i of cos(r_i, mean)^2: the share of the
-    unit rows' energy that all have in common with the mean. Chance level: 1 / C."""
+    """directions (E, C), mean hidden state (C) -> mean over i of cos(r_i, mean)^2: how much of a
+    router direction points along the mean hidden state. Chance level: 1 / C."""
     rows, common = F.normalize(directions, dim=-1), F.normalize(mean, dim=-1)
     return (rows @ common).square().mean()
 
@@ -465,10 +468,10 @@ def entropy(counts: Tensor) -> Tensor:
 
 
 def token_information(tokens: Tensor, experts: Tensor, E: int) -> Tensor:
-    """tokens, experts (N) -> their mutual information in bits, H(token) + H(expert) - H(both), less
-    its value after the experts are shuffled, as N tokens show some by accident. At most H(expert);
-    0 for a router that does not look at the token. Where most ids are rare (N not far above V * E)
-    the shuffled value is too large, and this a lower bound: compare at one vocabulary and N."""
+    """tokens, experts (N) -> their mutual information in bits, H(token) + H(expert) - H(both),
+    minus the same after shuffling the experts: the bits that N tokens show by accident. At most
+    H(expert); 0 for a router that does not look at the token. Where most ids are rare (N not far
+    above V * E) this takes off too much: a lower bound, to be compared at one vocabulary and N."""
     shuffle = torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
 
     def information(experts):
@@ -487,13 +490,14 @@ def layer_metrics(layer: Layer, tokens: Tensor) -> dict[str, Tensor]:
     matched, mismatched = alignment(directions, layer.w_gate)
     metrics = {
         "load_std": std, "max_violation": violation, "load_cv": E * std,
-        "load_cv_sampling": ((E - 1) / load.sum()).sqrt(),  # load.sum() = tokens * K
+        "load_cv_sampling": ((E - 1) / load.sum()).sqrt(),  # of N * K assignments at random
         "load_sorted": load.sort(descending=True).values / load.sum(),
         "router_similarity": router_similarity(directions),
         "router_similarity_signed": signed_similarity(directions),
         "router_similarity_chance": torch.tensor(math.sqrt(2 / (math.pi * C))),
         "common_share": common_share(directions, layer.mean),
         "common_share_chance": torch.tensor(1 / C),
+        # the share of the hidden states' energy that is in their mean
         "anisotropy": layer.mean.square().sum() / layer.energy,
         "coupling_by_rank": coupling_by_rank(layer.scores, layer.activations[0]),
         "selected_ratio": selected_ratio(layer.activations[0], layer.indices),
@@ -574,7 +578,7 @@ def measure(run: Observed) -> dict:
 
 # ---------------------------------------------------------------- groups and tables
 
-# Runs that differ in nothing but these, which change no number, and the seed are averaged.
+# What may differ between runs that are averaged: the seed, and settings that change no number.
 AVERAGED_OVER = {"seed", "out_dir", "device", "compile", "resume", "overwrite", "bench", "config",
                  "eval_interval", "log_interval"}
 COLUMNS = {  # header: keys
@@ -613,7 +617,7 @@ class Group(NamedTuple):
 
 
 def experiment(run: dict) -> dict:
-    """What runs have in common whose numbers may be averaged."""
+    """The settings that must be equal in two runs for their numbers to be averaged."""
     kept = {key: value for key, value in run["settings"].items() if key not in AVERAGED_OVER}
     return kept | {"step": run["step"], "tokens": run["tokens"]}
 
@@ -642,7 +646,8 @@ def group_runs(runs: dict[str, dict]) -> tuple[list[Group], list[str]]:
     labels = [name.removesuffix(f"-{runs[name]['seed']}") for name in names]
     groups, styles, others = [], dict(ROUTER_STYLES), cycle(OTHER_STYLES)
     for name, label, members in zip(names, labels, found.values()):
-        label = (label if labels.count(label) == 1 else name).lstrip("_")  # or no legend has it
+        label = label if labels.count(label) == 1 else name
+        label = label.lstrip("_")  # matplotlib leaves a label with it out of the legend
         # the first group of a router has the fixed style
         color, line, marker = styles.pop(runs[name]["router"], None) or next(others)
         groups.append(Group(label or "run", [runs[member] for member in members.values()], dict(
@@ -720,8 +725,8 @@ def draw_line(ax, group: Group, values: np.ndarray, x=None) -> None:
 
 
 def curve(run: dict, key: str) -> dict[int, float]:
-    """{step: value}. What depends on the validation tokens is taken where they are those of the
-    run's first evaluation: the last one, the result, reads more of them."""
+    """{step: value}. The last evaluation of a run reads more validation tokens than the others: it
+    is left out where the metric depends on them."""
     log = run["log"]
     if key in ("val_loss", "perplexity", "load_std"):
         log = [record for record in log if record.get("val_tokens") == log[0].get("val_tokens")]
@@ -729,7 +734,7 @@ def curve(run: dict, key: str) -> dict[int, float]:
 
 
 def draw_curves(ax, group: Group, curves: list[dict]) -> None:
-    """A curve {step: value} a seed, where all seeds have a value."""
+    """curves: {step: value} per seed; drawn where all seeds have a value."""
     steps = sorted(set.intersection(*map(set, curves)))
     tokens = math.prod(group.runs[0]["settings"][key] for key in (
         "batch_size", "gradient_accumulation_steps", "block_size"))
@@ -739,7 +744,7 @@ def draw_curves(ax, group: Group, curves: list[dict]) -> None:
 
 
 def draw_points(ax, groups: list[Group], key: str, label: str, chance="", spec=".3f") -> None:
-    """A row a group: its mean over seeds, with the number on the right, and a whisker from the
+    """One row per group: its mean over seeds, with the number on the right, and a whisker from the
     lowest seed to the highest. Dotted: the metric `chance`. An empty row: not measured."""
     for y, group in enumerate(groups):
         if len(values := group.values(key)):                             # (seeds)
@@ -778,7 +783,7 @@ def draw_coupling(fig, groups) -> None:
     ax.set_xticks(sorted({1, *ax.get_xticks()} - {0}))
     ax.set(xlabel="rank of the expert for a token by the router's score (1: the highest)",
            xlim=(0.5, max(len(group.mean("coupling_by_rank")) for group in groups) + 0.5),
-           ylabel="reaction of the expert, ||W_gate x||\n(1: its average over all tokens)")
+           ylabel="activation of the expert, ||W_gate x||\n(1: its average over all tokens)")
     add_legend(fig, ax)
 
 
@@ -932,16 +937,17 @@ def draw_experts(fig, groups) -> None:
         ax.set_axis_off()
 
 
-FIGURES = {  # file: what draws it, its title, its height in inches and that of one group more
-    "coupling.png": (draw_coupling, "Coupled: the higher the router ranks an expert, the more it "
-                     "reacts", 4.6, 0.05),
+FIGURES = {  # file: what draws it, its title, height in inches, extra height per group
+    "coupling.png": (draw_coupling, "Coupled: the higher the router ranks an expert, the stronger "
+                     "its activation", 4.6, 0.05),
     "load.png": (draw_load, "Balanced: the line is flat, and the point far to the left", 3.8, 0.15),
-    "similarity.png": (draw_similarity, "Alike: router directions with red between them", 3.6, 0),
+    "similarity.png": (draw_similarity, "Red: two router directions that are alike", 3.6, 0),
     "alignment.png": (draw_alignment, "Aligned: the point lies to the right of the dotted line",
                       1.6, 0.3),
     "common_mode.png": (draw_common_mode, "Alike for a common reason: directions that share the "
                         "mean hidden state", 3.8, 0.15),
-    "training.png": (draw_training, "What training does to perplexity, balance and coupling", 6, 0.05),
+    "training.png": (draw_training, "What training does to perplexity, balance and coupling", 6,
+                     0.05),
     "gradients.png": (draw_gradients, "Whose router rows one token moves, and how much of that is "
                       "balancing", 2.8, 0.25),
     "experts.png": (draw_experts, "Sorted by token: where one character keeps one colour", 7, 0)}
@@ -1025,7 +1031,8 @@ def read_metrics(path: Path) -> dict[str, dict]:
     try:
         runs = json.loads(path.read_text())
         for run in runs.values():
-            run["router"], run["seed"], run["step"], run["settings"], run["text"], run["cosines"]
+            for key in ("router", "seed", "step", "settings", "text", "cosines"):
+                run[key]  # KeyError if it is missing
         return runs
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None
@@ -1051,7 +1058,8 @@ def main(argv: list[str]) -> None:
     sources = [Path(run).expanduser() for run in args.run]
     models = [Path(name).expanduser() for name in args.hf]
     if not (sources or models):
-        found = {*Path("out").rglob("ckpt.pt"), *Path("out").glob("*/ckpt.pt")}  # of links, too
+        # rglob does not follow links
+        found = {*Path("out").rglob("ckpt.pt"), *Path("out").glob("*/ckpt.pt")}
         sources = sorted(path.parent for path in found)
     if not (sources or models):
         raise ValueError("there is no run under out/; train one with python train.py.")

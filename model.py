@@ -9,8 +9,8 @@ Shapes: B batch, T sequence, N = B*T tokens, C = n_embd, D = C / n_head, V = voc
         E = n_expert, K = top_k, H = d_expert (expert width).
 
 The block is that of Qwen3-MoE without grouped-query attention: pre-norm, RMSNorm, RoPE, RMSNorm on
-each head of q and k, no biases, no dropout, an untied head. There is no capacity limit: every token
-reaches its K experts."""
+each head of q and k, no biases, no dropout, an untied head. No expert has a capacity above which it
+drops tokens, as in some mixtures: every token reaches its K experts."""
 import colorsys
 import json
 import zipfile
@@ -97,7 +97,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def experts_by_definition(x, indices, gates, w_gate, w_up, w_down) -> Tensor:
-    """What the experts compute, by a loop over them: slow, and the whole idea.
+    """What the experts compute, by a loop over them: slow, and the whole idea. (Training calls the
+    fast one below, which the tests hold against this.)
 
         y_t = sum over the K experts i of token t of
               gate_ti * W_down_i (silu(W_gate_i x_t) * (W_up_i x_t))
@@ -116,23 +117,29 @@ class Experts(torch.autograd.Function):
     """The same without the loop, and with its backward pass written out: that backward pass is the
     claim of this project.
 
-    Assignments are sorted by expert, so that one grouped product a matrix serves all experts:
-    grouped_mm(a, b, offs=ends) with b (E, ...) multiplies rows ends[i-1] to ends[i] of a by b[i],
-    with two matrices these columns of a by these rows of b, one product an expert. Forward and
-    backward only gather rows, by `order` or `inverse`, and never add atomically, so two runs agree
-    to the last bit. The gate scales the narrow activation in front of W_down, not the wide result
-    behind it, as a row scale commutes with the product. Saved for the backward pass are the inputs
-    and the pre-activations a and b; the cheap rest is computed again, so activation memory does not
-    grow with K copies of the hidden states (the idea of SonicMoE, arXiv 2512.14080; torch.compile
-    sees that xs and h are computed twice and keeps them after all).
-
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
-    float32; order (N*K): the assignments t * K + k in expert order; inverse (N, K): the place of
-    each assignment in `order`; ends (E) int32: where each expert's rows end. Returns y (N, C)."""
+    float32. The N*K pairs of a token and one of its experts, the assignments, are sorted by expert,
+    so that the rows of an expert lie together. SMoE.forward below makes `order` (N*K), the
+    assignments t * K + k in that order, `inverse` (N, K), the place of each in it, and `ends` (E),
+    where each expert's rows end. With N = 2, K = 2, E = 3:
+
+        indices [[2, 0], [0, 1]]  ->  order [1, 2, 3, 0], inverse [[3, 0], [1, 2]], ends [2, 3, 4]
+
+    One call of grouped_mm does all experts, with rows(i) from ends[i-1] up to ends[i]:
+
+        a (M, P), b (E, P, Q):  out[rows(i)] = a[rows(i)] @ b[i]          (M, Q)
+        a (P, M), b (M, Q):     out[i] = a[:, rows(i)] @ b[rows(i)]       (E, P, Q)
+
+    Rows are only gathered, never added atomically, so two runs agree to the last bit. The gate
+    scales h, which is narrower than W_down h. Only x, a and b are saved for the backward pass, the
+    rest is computed again, so that memory does not grow with K copies of the hidden states (the
+    idea of SonicMoE, arXiv 2512.14080; torch.compile sees the repetition and keeps them after all).
+    Returns y (N, C)."""
 
     @staticmethod
     def forward(ctx, x, gates, w_gate, w_up, w_down, order, inverse, ends):
-        xs = x.index_select(0, order // gates.shape[1])                  # (N*K, C) dispatch
+        token = order // gates.shape[1]                                  # (N*K)
+        xs = x.index_select(0, token)                                    # (N*K, C) dispatch
         gate = gates.flatten()[order, None].to(x.dtype)                  # (N*K, 1)
         a = grouped_mm(xs, w_gate.transpose(1, 2), offs=ends)            # (N*K, H) experts
         b = grouped_mm(xs, w_up.transpose(1, 2), offs=ends)              # (N*K, H)
@@ -151,15 +158,15 @@ class Experts(torch.autograd.Function):
         h = silu * b                                                     # (N*K, H)
 
         dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
-        dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H) of gate * h
+        dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H) for gate * h
         # autograd takes it on to the logits; times x_t, it becomes the gradient of the router row
         dgates = (dgh * h).sum(1, dtype=gates.dtype)[inverse]            # (N, K)
         dh = gate * dgh                                                  # (N*K, H)
         da = torch.ops.aten.silu_backward(dh * b, a)                     # (N*K, H)
         db = dh * silu                                                   # (N*K, H)
 
-        # each row of dW_gate_i and dW_up_i is a sum of (scalar) * x_t over the tokens of expert i,
-        # and so is the gradient of the router row r_i: the geometric coupling
+        # row h of dW_gate_i is the sum over the tokens t of expert i of da_th x_t, with db_th for
+        # dW_up_i, and the gradient of the router row r_i is such a sum, too: the geometric coupling
         dw_gate = weight_gradient(da, xs, ends)                          # (E, H, C)
         dw_up = weight_gradient(db, xs, ends)                            # (E, H, C)
         dw_down = weight_gradient(dys, gate * h, ends)                   # (E, C, H)
@@ -168,9 +175,9 @@ class Experts(torch.autograd.Function):
         return dx, dgates, dw_gate, dw_up, dw_down, None, None, None
 
 
-def weight_gradient(d_out: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-    """d_out (N*K, P), rows (N*K, Q) -> (E, P, Q): for each expert, d_out^T rows over its rows."""
-    gradient = grouped_mm(d_out.t(), rows, offs=ends)
+def weight_gradient(d_out: Tensor, inputs: Tensor, ends: Tensor) -> Tensor:
+    """d_out (N*K, P), inputs (N*K, Q) -> (E, P, Q): for each expert, d_out^T inputs on its rows."""
+    gradient = grouped_mm(d_out.t(), inputs, offs=ends)
     # an expert without rows is ordinary here, and grouped_mm may leave what lay in memory: seen in
     # bfloat16 on B200 (pytorch issue 172439)
     empty = ends.diff(prepend=ends.new_zeros(1)) == 0                    # (E)
@@ -456,7 +463,7 @@ def read_checkpoint(path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         for key in ("model", "optimizer", "step", "config", "evaluation", "rng", "history",
                     "data_sha256", "val_sha256", "tokenizer"):
-            checkpoint[key]
+            checkpoint[key]  # KeyError if it is missing
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); name the folder of a run."
                          ) from None
@@ -523,20 +530,22 @@ def main(argv: list[str]) -> None:
                          f"positive, not {layer} and {args.tokens}.")
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     start = encode(tokenizer, args.start).tolist() or [tokenizer.eot_token]
-    experts = []  # the first pass sees the whole start, each later one a token more
+    # generate() reads its whole context in each pass: of the later ones only the last row is new.
+    # The last token would see no router, so one more is sampled and dropped.
+    experts = []
     model.routers()[layer].register_forward_hook(lambda router, inputs, routing: experts.extend(
         routing.indices[-1 if experts else 0:, 0].tolist()))
     idx = model.generate(torch.tensor([start]), args.tokens + 1, args.temperature)[0, :-1]
     if not sys.stdout.isatty():
         return print(args.start, printable(tokenizer, idx[len(start):].tolist()), sep=" | ")
     colors, texts = expert_colors(model.config.n_expert), []
-    for token, expert in zip(idx[-len(experts):].tolist(), experts):
+    for token, expert in zip(idx[-len(experts):].tolist(), experts):  # a long start is cut
         r, g, b = (int(255 * value) for value in colors[expert])
         texts.append(f"\033[30;48;2;{r};{g};{b}m{printable(tokenizer, [token])}\033[0m")
     print(*texts[:-args.tokens], " | ", *texts[-args.tokens:], sep="")
 
 
-if __name__ == "__main__":  # the model itself needs nothing but torch and routers.py
+if __name__ == "__main__":  # for main alone: the model needs nothing but torch and routers.py
     import argparse
     import sys
 

@@ -36,7 +36,7 @@ PIECE = 1 << 21  # characters: about the most text that is handled as one string
 
 def get_tokenizer(name):
     """-> tiktoken.Encoding: `bytes`, or tiktoken's by name. ValueError: unknown, or no network."""
-    if name == "bytes":  # a token is a byte; the pattern merges nothing, short matches are faster
+    if name == "bytes":  # a token is a byte; the pattern only cuts the text, short cuts are faster
         return tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}",
                                  mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={"<|endoftext|>": 256})
@@ -93,7 +93,7 @@ def open_corpus(dataset, path, glob, val_fraction, data_root):
         paths = [download_shakespeare(data_root / "tinyshakespeare.txt")]
     elif path.is_file():
         paths = [path]
-    elif dataset and path.is_dir():
+    elif dataset and path.is_dir():  # "" would be the current folder
         paths = find_files(path, glob or "*")
     else:
         raise ValueError(f"Unknown data set {dataset!r}: it is neither a file nor a folder, nor "
@@ -148,14 +148,16 @@ def read_documents(paths, val_fraction):
 
 
 def read_single(path, val_fraction):
-    """Yields the pieces of the only file, a document whose tail is val: cut at the first line end
-    from 1 - val_fraction of its characters on, else at the last one before, else right there."""
+    """Yields the pieces of the only file, a document whose first 1 - val_fraction of the characters
+    are train and the rest val. The cut moves on to the next line end in its piece of text or, where
+    there is none, back to the last one."""
     try:
         left = int(sum(map(len, read_text(path))) * (1 - val_fraction))  # characters of train
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it.") from error
     for text in read_text(path):
         if 0 < left <= len(text):
+            # find() + 1 is 0, so false, where there is no line end
             cut = text.find("\n", left - 1, -1) + 1 or text.rfind("\n", 0, left) + 1 or left
             yield "train", text[:cut], False
             yield "val", text[cut:], False
@@ -193,9 +195,9 @@ def stream_fineweb_edu(val_fraction):
             yield split_of(digest, val_fraction), row["text"], True
     except Exception as error:  # no such package, no network, whatever its HTTP layers raise
         if not n:
-            raise ValueError(f"fineweb-edu could not be streamed ({type(error).__name__}): it needs "
-                             "network and pip install datasets; or copy data/fineweb-edu from a "
-                             "machine that has both.") from error
+            raise ValueError(f"fineweb-edu could not be streamed ({type(error).__name__}): it "
+                             "needs network and pip install datasets; or copy data/fineweb-edu "
+                             "from a machine that has both.") from error
         print(f"The stream broke ({type(error).__name__}): the data set ends after {n} documents.",
               file=sys.stderr)
 
@@ -301,7 +303,7 @@ def open_dataset(folder, block_size, vocab_size):
         train, val = (np.memmap(folder / f"{s}.bin", dtype, mode="r") for s in ("train", "val"))
         if (len(train), len(val)) != (meta["n_train"], meta["n_val"]):
             raise ValueError(f"{len(train)} train and {len(val)} val tokens, unlike meta.json")
-        # what a run notes of its data
+        # what a run notes of its data: KeyError if it is missing
         meta["tokenizer"]["name"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         delete = "delete that folder and " if (folder / "meta.json").exists() else ""
@@ -357,7 +359,7 @@ def eval_batches(data, eval_tokens, *, block_size, batch_size, rank=0, world_siz
 # ---------------------------------------------------------------- command line
 
 class Parser(argparse.ArgumentParser):
-    """Of all scripts here: a wrong flag is a ValueError of one sentence, not the usage text."""
+    """The parser of all scripts: it turns a wrong flag into a ValueError, not into usage text."""
 
     def error(self, message):
         raise ValueError(f"{message}; python {self.prog} --help lists the flags.")

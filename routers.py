@@ -34,7 +34,7 @@ class Routing(NamedTuple):
     indices: Tensor   # (N, K) int64: the experts of each token, best first
     gates: Tensor     # (N, K) float32: their weights; each row sums to 1
     aux_loss: Tensor  # scalar float32, to be added to the training loss
-    logits: Tensor    # (N, E) float32: before softmax or sigmoid; the gates are made of these
+    logits: Tensor    # (N, E) float32: before softmax or sigmoid; gate() starts from these
     scores: Tensor    # (N, E) float32: after it; the selection compares these, plus any bias
 
 
@@ -58,7 +58,7 @@ class Router(nn.Module):
             logits, scores = self.score(x)                   # (N, E), (N, E)
             with torch.no_grad():                            # a selection has no gradient
                 indices = self.select(scores)                # (N, K)
-                # (N, E), 1 where the token goes: the K experts of a token are distinct
+                # (N, E): K ones in each row, at the token's experts
                 assigned = torch.zeros_like(logits).scatter_(1, indices, 1.0)
                 if self.training:
                     self.count(x, assigned)
@@ -67,7 +67,7 @@ class Router(nn.Module):
             return Routing(indices, gates, aux_loss, logits, scores)
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, C) -> logits (N, E), which the gates are made of, and scores (N, E)."""
+        """x (N, C) -> logits (N, E), which gate() starts from, and scores (N, E)."""
         raise NotImplementedError
 
     def select(self, scores: Tensor) -> Tensor:
@@ -133,9 +133,9 @@ class LearnedRouter(Router):
     With K = 1 the gate is always 1 and that gradient 0: such a row never learns from the loss.
 
     The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) keeps logits small; its coefficient is 0 by
-    default. Its gradient has one sign at all logits of a token, so it moves all rows the same way:
-    a common mode. With softmax scores the gradients of the language model and of the Switch loss
-    have none: over the experts they sum to zero."""
+    default. Its gradient at z_i, 2 logsumexp(z) softmax(z)_i, has the same sign for every i, so it
+    moves all rows along x together: a common mode. With softmax scores neither the language-model
+    loss nor the balancing loss below has one: their gradients sum to zero over the experts."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -168,10 +168,12 @@ class AuxLossRouter(LearnedRouter):
         z, s, S, gates                   as LearnedRouter
         aux_loss = aux_loss_coef * E * sum over i of f_i P_i, plus the z-loss
             f_i = share of the N * K assignments that went to expert i      (no gradient)
-            P_i = mean over tokens of s_i / sum over j of s_j
+            P_i = mean over tokens of s_i / sum over j of s_j               (softmax: sum is 1)
 
-    At perfect balance aux_loss = aux_loss_coef. The gradient of P_i is along x for every token,
-    chosen or not, on every row: it mixes into r_i tokens that expert i never saw."""
+    At perfect balance aux_loss = aux_loss_coef. As f_i is a constant to the gradient, each expert's
+    mean score is pushed down in proportion to its load, the busiest most. That gradient is along x
+    for every token, chosen or not, on every row: it mixes into r_i tokens that expert i never
+    saw."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         f = assigned.mean(0) / self.config.top_k                          # (E)

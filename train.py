@@ -52,7 +52,7 @@ class TrainConfig(Config):
     max_iters: int = 1200                 # optimizer steps
     eval_interval: int = 200              # steps from one evaluation and checkpoint to the next
     eval_tokens: int = 16384              # validation tokens in an evaluation, always the same ones
-    final_eval_tokens: int = 524288       # in the last one, the result: all that stdlib has, 420k
+    final_eval_tokens: int = 524288       # in the last one; stdlib has fewer, 420k, so all of them
     log_interval: int = 10                # steps from one line of the log to the next
     learning_rate: float = 1e-3           # after the warm-up
     min_lr: float = 1e-4                  # at the end of the cosine
@@ -99,7 +99,7 @@ PRESETS = {
         learning_rate=4e-4, min_lr=4e-5, warmup_iters=2000, compile=True),
 }
 
-# what --resume may change beside max_iters: it makes no other experiment
+# what --resume may change beside max_iters, since it does not change what is trained
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "eval_interval",
               "log_interval"}
 
@@ -118,6 +118,7 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
         parser.add_argument(f"--{field.name}", default=field.default, help=comments[field.name],
                             **kind)
 
+    # parsed twice: to find the preset or the checkpoint, then with its settings as the defaults
     named, checkpoint = parser.parse_args(argv), None
     if named.resume:
         out_dir = Path(named.out_dir or f"out/{named.router}").expanduser()
@@ -139,8 +140,8 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
 
 def check_resume(checkpoint: dict, c: TrainConfig) -> None:
     """A run keeps its settings, or it would be another one. A new max_iters, which stretches the
-    cosine of the learning rate, goes into the checkpoint's history: [the step until which it held,
-    the old one]. Raises ValueError."""
+    cosine of the learning rate, goes into the checkpoint's history: [step of the change, old
+    max_iters]. Raises ValueError."""
     old, step = checkpoint["config"], checkpoint["step"]
     for name in sorted(old.keys() - INCIDENTAL - {"max_iters"}):
         if old[name] != getattr(c, name):
@@ -217,8 +218,9 @@ def compiled(model: torch.nn.Module):
 
 
 def distributed(model: torch.nn.Module):
-    """DDP, for several processes. The routers combine their own statistics, which rank 0's must not
-    overwrite; a bucket holds a layer of 1b, as the compiler cuts its graph at the buckets."""
+    """DDP, for several processes. Without broadcast_buffers, which would overwrite the router
+    statistics of all ranks with those of rank 0: update_routers sums them. A bucket of 200 MB holds
+    a whole layer of 1b: the compiler cuts its graph where a bucket ends."""
     return DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=200)
 
 
@@ -314,7 +316,8 @@ def claim(out_dir: Path, c: TrainConfig):
 
 
 def open_data(c: TrainConfig, machine: Machine):
-    """The two corpora that every machine has prepare themselves."""
+    """-> Dataset of data/<dataset>. stdlib and python, which every machine has, are prepared here
+    if they are missing."""
     folder = Path("data", c.dataset)
     if c.dataset in ("stdlib", "python") and not folder.exists() and machine.rank == 0:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it can clean up
@@ -343,7 +346,7 @@ def restore(checkpoint: dict, model, optimizer, data, c: TrainConfig) -> int:
 
 
 def write_log(path: Path, records: list[dict], anew: bool) -> None:
-    """Appends a line a record, or replaces the file: a reader sees the old or the new one."""
+    """Appends a line per record, or replaces the file: a reader sees the old or the new one."""
     target = path.with_suffix(".tmp") if anew else path
     try:
         with open(target, "w" if anew else "a") as log:
@@ -427,7 +430,7 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
     batches = list(torch.randint(c.vocab_size, device=device, size=(
         c.gradient_accumulation_steps, 2, c.batch_size, c.block_size)))
     step = lambda: train_step(run, model.routers(), optimizer, batches, autocast, c)
-    first, _, t = seconds(step, 1), seconds(step, 2), seconds(step, steps)
+    first, _, t = seconds(step, 1), seconds(step, 2), seconds(step, steps)  # compile, warm up, time
     if device.type == "cuda":
         hardware, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
     else:
@@ -488,7 +491,7 @@ def finish(model, data, step: int, metrics: dict, machine: Machine, c: TrainConf
         print(f"{rule} validation text {rule}\n{printable(tokenizer, idx[:len(start)])}\n"
               f"{rule} the model goes on {rule}\n{printable(tokenizer, idx[len(start):])}\n"
               f"{'-' * 80}")
-    collapsed = (c.n_expert / c.top_k - 1) ** 0.5
+    collapsed = (c.n_expert / c.top_k - 1) ** 0.5  # the CV where K experts share all tokens
     print(f"validation perplexity {metrics['perplexity']:.3f} a token "
           f"({metrics['val_loss']:.3f} nats)")
     print(f"load CV {c.n_expert * metrics['load_std']:.3f} (even load: 0, all tokens to {c.top_k} "
@@ -520,7 +523,7 @@ def main(argv: list[str]) -> None:
     optimizer = make_optimizer(raw_model, c)
     step = restore(checkpoint, raw_model, optimizer, data, c) if checkpoint else 0
     history = checkpoint["history"] if checkpoint else []
-    if master and checkpoint and checkpoint["evaluation"]:  # it was finished: its result is kept
+    if master and checkpoint and checkpoint["evaluation"]:  # a finished run goes on: keep it, too
         shutil.copyfile(checkpoint_path, out_dir / f"ckpt.step-{step}.pt")
     model = compiled(raw_model) if c.compile else raw_model
     model = distributed(model) if world_size > 1 else model
