@@ -34,8 +34,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    ROUTERS, expert_activations, expert_colors, load_balance, read_checkpoint, read_log,
-    router_cosines, router_similarity, spearman, trained_model, validate, watch)
+    expert_activations, expert_colors, load_balance, load_checkpoint, read_log, router_cosines,
+    router_similarity, spearman, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, get_tokenizer, open_corpus, open_dataset, printable)
 
@@ -76,13 +76,7 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
     eval mode: nothing moves. Its perplexity and load are those of its own last evaluation.
     `known`: metrics of other runs; another seed of one of them is spared the long measurement of
     gradients. Raises ValueError for a run that cannot be measured."""
-    checkpoint = read_checkpoint(folder / "ckpt.pt")
-    router = checkpoint["config"].get("router")
-    if router not in ROUTERS:
-        raise ValueError(f"its router {router!r} is not registered; import the script that does it "
-                         f'first: python -c "import my_router, analyze; analyze.main([\'{folder}'
-                         '\'])"')
-    model = trained_model(checkpoint, folder / "ckpt.pt")
+    model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise ValueError("its weights are not finite; train it again with a lower learning rate.")
     c, step, evaluation = model.config, checkpoint["step"], checkpoint["evaluation"]
@@ -214,8 +208,9 @@ def find_mixtures(model) -> list[Mixture]:
     found = []
     for name, experts in model.named_modules():
         own = dict(experts.named_parameters(recurse=False))
-        if not {"gate_up_proj", "down_proj"} <= own.keys() or own["down_proj"].ndim != 3 or (
-                own["gate_up_proj"].element_size() < 2):  # quantized: numbers without their scale
+        if not {"gate_up_proj", "down_proj"} <= own.keys() or own["down_proj"].ndim != 3:
+            continue
+        if own["gate_up_proj"].element_size() < 2:  # quantized: numbers without their scale
             continue
         both = own["gate_up_proj"].detach()
         E, P, Q = own["down_proj"].shape  # P = C and Q = H, or transposed P = H and Q = C
@@ -227,8 +222,8 @@ def find_mixtures(model) -> list[Mixture]:
         gate = slice(both.shape[1] // 2) if getattr(experts, "is_concatenated", True) else (
             slice(0, None, 2))
         b_gate = own.get("gate_up_proj_bias", both.new_zeros(both.shape[:2])).detach()
-        block = model.get_submodule(name.rpartition(".")[0])
-        for key, rows in (beside := dict(block.named_parameters())).items():
+        beside = dict(model.get_submodule(name.rpartition(".")[0]).named_parameters())
+        for key, rows in beside.items():
             if rows.shape == (E, both.shape[2]) and key.startswith(("gate.", "router.")):
                 bias = beside.get(key.removesuffix("weight") + "bias", rows.new_zeros(E))
                 found.append(Mixture(int(re.search(r"\d+", name)[0]), experts, rows.detach(),
@@ -263,10 +258,11 @@ def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor | No
         return (values - values.mean(1 if values.shape[1] > 1 else 0, True)).abs().mean()
 
     log_gates = gates.clamp(min=1e-30).log()                             # (N, K)
-    candidates = [logits.log_softmax(-1), F.logsigmoid(logits)]          # (N, E) each
-    misfits = [spread(log_gates - scores.gather(1, indices)) for scores in candidates]
-    if min(misfits) < 0.5 * spread(log_gates):
-        return candidates[misfits[0] > misfits[1]].exp()
+    softmax, sigmoid = logits.log_softmax(-1), F.logsigmoid(logits)      # (N, E) each
+    misfit_softmax = spread(log_gates - softmax.gather(1, indices))
+    misfit_sigmoid = spread(log_gates - sigmoid.gather(1, indices))
+    if min(misfit_softmax, misfit_sigmoid) < 0.5 * spread(log_gates):
+        return (softmax if misfit_softmax <= misfit_sigmoid else sigmoid).exp()
     largest = logits.topk(indices.shape[1]).indices                      # (N, K)
     same = (largest.sort().values == indices.sort().values).double().mean() > 0.9
     return logits.softmax(-1) if same else None
@@ -277,31 +273,23 @@ def load_hf(folder: Path, dtype: str) -> tuple:
     be read, is not whole, or does not fit into memory."""
     try:
         import transformers
-        from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError("it takes transformers to read it: pip install transformers.") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    problem = "it holds no tokenizer that transformers can read"
     try:
-        problem = "it is no folder, and the hub does not give it"
-        if not folder.is_dir():
-            other = ["*.bin", "*.pt", "*.pth", "*.gguf", "consolidated*"]  # the same weights again
-            folder = Path(snapshot_download(str(folder), ignore_patterns=other))
-        problem = "it holds no tokenizer that transformers can read"
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise ValueError("it has no vocabulary")  # transformers makes one up where no file is
         problem = "its model cannot be loaded"
-        config = transformers.AutoConfig.from_pretrained(folder)
-        stored = config.dtype or torch.float32
-        wanted = stored if dtype == "auto" else getattr(torch, dtype)
-        files = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
-        need, free = files / stored.itemsize * wanted.itemsize / 1e9 + 2, free_memory() / 1e9
+        need = sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e9 + 2
+        free = free_memory() / 1e9
         if need > free:
             raise ValueError(f"it needs {need:.0f} GB of memory, and {free:.0f} GB are free")
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, use_safetensors=True, output_loading_info=True)
-        if loaded["missing_keys"]:
+            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True)
+        if loaded["missing_keys"]:  # transformers would draw them at random
             raise ValueError(f"weights are missing, such as {min(loaded['missing_keys'])}")
     except Exception as error:  # a damaged or foreign file can raise nearly anything
         raise ValueError(f"{problem} ({type(error).__name__}: "
@@ -698,8 +686,8 @@ def paired_differences(groups: list[Group]) -> list[str]:
     for b, a in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in a.runs for y in b.runs
                  if x["seed"] == y["seed"]]
-        if len(pairs) > 1 and [*differing([a, b])] in (
-                ["router"], ["z_loss_coef"], ["score_fn"]):
+        if len(pairs) > 1 and differing([a, b]).keys() in (
+                {"router"}, {"z_loss_coef"}, {"score_fn"}):
             percent = [100 * (x / y - 1) for x, y in pairs]
             error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
             lines.append(f"{a.label} - {b.label}: {np.mean(percent):+.2f} ± {error:.2f} % "

@@ -13,7 +13,7 @@ each head of q and k, no biases, no dropout, an untied head. No expert has a cap
 drops tokens, as in some mixtures: every token reaches its K experts."""
 import colorsys
 import json
-import zipfile
+import textwrap
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -216,13 +216,10 @@ class SMoE(nn.Module):
         ids = torch.arange(len(self.w_gate), device=x.device)            # (E)
         ends = torch.searchsorted(expert, ids, right=True, out_int32=True)  # (E)
 
-        # autocast does not know grouped_mm, so its inputs are cast by hand; not on a CPU without
-        # the compiler: oneDNN would compile a bfloat16 kernel, in 1 ms, for each number of rows
-        # that an expert gets, which makes many small experts twice as slow as in float32
+        # autocast does not know grouped_mm, so its inputs are cast by hand
         device = x.device.type
-        cast = torch.is_autocast_enabled(device) and (
-            device == "cuda" or torch.compiler.is_compiling())
-        dtype = torch.get_autocast_dtype(device) if cast else x.dtype
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         y = Experts.apply(x.to(dtype), gates, self.w_gate.to(dtype), self.w_up.to(dtype),
                           self.w_down.to(dtype), order, inverse, ends)
         return y.view(B, T, C), aux_loss
@@ -353,9 +350,11 @@ def watch(model: SMoETransformer):
     """Yields a list for each layer, to which every forward pass adds what its router saw and said:
     (x (N, C), Routing)."""
     seen = [[] for _ in model.blocks]
-    hooks = [block.moe.router.register_forward_hook(
-        lambda router, args, routing, rows=rows: rows.append((args[0], routing)))
-        for block, rows in zip(model.blocks, seen)]
+    hooks = []
+    for router, rows in zip(model.routers(), seen):
+        def note(router, args, routing, rows=rows):
+            rows.append((args[0], routing))
+        hooks.append(router.register_forward_hook(note))
     try:
         yield seen
     finally:
@@ -411,25 +410,19 @@ def router_similarity(directions: Tensor) -> Tensor:
     return router_cosines(directions).abs().triu(diagonal=1).sum() / max(1, E * (E - 1) // 2)
 
 
-def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor | None = None,
-                       budget: int = 2**22) -> Tensor:
+def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor | None = None) -> Tensor:
     """How strongly every expert reacts to every token, chosen or not: norms over the H neurons.
 
         a_ti = ||W_gate_i x_t||,   ||silu(W_gate_i x_t)||,   ||silu(W_gate_i x_t) * (W_up_i x_t)||
 
     x (N, C), w_gate, w_up (E, H, C) -> (3, N, E); without w_up the first of them alone, (1, N, E).
-    Of the pre-activations (tokens, E, H), `budget` numbers exist at a time."""
-    E, H, _ = w_gate.shape
-    norms = []
-    for chunk in x.split(max(1, budget // (E * H))):                     # (n, C)
-        a = (chunk @ w_gate.flatten(0, 1).t()).view(-1, E, H)            # (n, E, H)
-        parts = [a.norm(dim=-1)]                                         # (n, E)
-        if w_up is not None:
-            b = (chunk @ w_up.flatten(0, 1).t()).view(-1, E, H)          # (n, E, H)
-            silu = F.silu(a)
-            parts += [silu.norm(dim=-1), (silu * b).norm(dim=-1)]
-        norms.append(torch.stack(parts))
-    return torch.cat(norms, dim=1)
+    Of the pre-activations, N * E * H numbers exist at once: pass some thousand tokens."""
+    a = torch.einsum("nc,ehc->neh", x, w_gate)                           # (N, E, H)
+    norms = [a.norm(dim=-1)]                                             # (N, E)
+    if w_up is not None:
+        b = torch.einsum("nc,ehc->neh", x, w_up)                         # (N, E, H)
+        norms += [F.silu(a).norm(dim=-1), (F.silu(a) * b).norm(dim=-1)]
+    return torch.stack(norms)
 
 
 def average_ranks(values: Tensor) -> Tensor:
@@ -453,13 +446,10 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the files of a run
 
 def read_checkpoint(path) -> dict:
-    """What train.save_checkpoint wrote. The file is read once, for its checksums, and then mapped:
-    what the caller does not touch (the optimizer's state is twice the model) costs no memory.
-    Raises ValueError for a missing, damaged or foreign file."""
+    """What train.save_checkpoint wrote, mapped: what the caller does not touch (the optimizer's
+    state is twice the model) costs no memory. Raises ValueError for a missing, damaged or foreign
+    file."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch itself does not compare the checksums
-                raise ValueError("a checksum does not fit")
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         for key in ("model", "optimizer", "step", "config", "evaluation", "rng", "history",
                     "data_sha256", "val_sha256", "tokenizer"):
@@ -475,21 +465,15 @@ def read_checkpoint(path) -> dict:
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     """-> (the trained model, on the CPU; the checkpoint). Raises ValueError as read_checkpoint."""
-    checkpoint = read_checkpoint(path)
-    return trained_model(checkpoint, path), checkpoint
-
-
-def trained_model(checkpoint: dict, path) -> SMoETransformer:
-    """-> the model of a checkpoint that was read from `path`, on the CPU. Raises ValueError."""
-    names = {field.name for field in fields(Config)}
+    checkpoint, names = read_checkpoint(path), {field.name for field in fields(Config)}
     try:
         config = Config(**{k: v for k, v in checkpoint["config"].items() if k in names})
         model = SMoETransformer(config)
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} does not hold a model of this project ({reason}).") from None
-    return model
+        raise ValueError(f"{path} does not hold a model of this project "
+                         f"({textwrap.shorten(str(error), 200)}).") from None
+    return model, checkpoint
 
 
 def read_log(path: Path) -> list[dict]:
@@ -530,19 +514,19 @@ def main(argv: list[str]) -> None:
                          f"positive, not {layer} and {args.tokens}.")
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     start = encode(tokenizer, args.start).tolist() or [tokenizer.eot_token]
-    # generate() reads its whole context in each pass: of the later ones only the last row is new.
-    # The last token would see no router, so one more is sampled and dropped.
-    experts = []
-    model.routers()[layer].register_forward_hook(lambda router, inputs, routing: experts.extend(
-        routing.indices[-1 if experts else 0:, 0].tolist()))
-    idx = model.generate(torch.tensor([start]), args.tokens + 1, args.temperature)[0, :-1]
+    idx = model.generate(torch.tensor([start]), args.tokens, args.temperature)      # (1, n)
+    ids = idx[0].tolist()
     if not sys.stdout.isatty():
-        return print(args.start, printable(tokenizer, idx[len(start):].tolist()), sep=" | ")
+        return print(args.start, printable(tokenizer, ids[len(start):]), sep=" | ")
+    with torch.no_grad(), watch(model.eval()) as seen:
+        for window in idx.split(model.config.block_size, dim=1):
+            model(window)
+    experts = torch.cat([routing.indices[:, 0] for _, routing in seen[layer]])      # (n)
     colors, texts = expert_colors(model.config.n_expert), []
-    for token, expert in zip(idx[-len(experts):].tolist(), experts):  # a long start is cut
+    for token, expert in zip(ids, experts.tolist()):
         r, g, b = (int(255 * value) for value in colors[expert])
         texts.append(f"\033[30;48;2;{r};{g};{b}m{printable(tokenizer, [token])}\033[0m")
-    print(*texts[:-args.tokens], " | ", *texts[-args.tokens:], sep="")
+    print(*texts[:len(start)], " | ", *texts[len(start):], sep="")
 
 
 if __name__ == "__main__":  # for main alone: the model needs nothing but torch and routers.py

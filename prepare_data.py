@@ -149,16 +149,14 @@ def read_documents(paths, val_fraction):
 
 def read_single(path, val_fraction):
     """Yields the pieces of the only file, a document whose first 1 - val_fraction of the characters
-    are train and the rest val. The cut moves on to the next line end in its piece of text or, where
-    there is none, back to the last one."""
+    are train and the rest val. The cut moves on to the next line end in its piece of text."""
     try:
         left = int(sum(map(len, read_text(path))) * (1 - val_fraction))  # characters of train
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it.") from error
     for text in read_text(path):
         if 0 < left <= len(text):
-            # find() + 1 is 0, so false, where there is no line end
-            cut = text.find("\n", left - 1, -1) + 1 or text.rfind("\n", 0, left) + 1 or left
+            cut = text.find("\n", left - 1, -1) + 1 or left  # 0, so false: there is none
             yield "train", text[:cut], False
             yield "val", text[cut:], False
         else:
@@ -223,11 +221,7 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
         raise ValueError(f"{name!r} is the name of a built-in data set, or of no single folder in "
                          f"{data_root}/: pass another --name.")
     if os.path.lexists(target):
-        what = "which is no data set; move it away"
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            made_from = json.loads((target / "meta.json").read_text())["dataset"]
-            what = f"made from {made_from}; delete it to make it anew"
-        raise ValueError(f"{target} is there already, {what}, or pass another --name.")
+        raise ValueError(f"{target} is there already; move it away, or pass another --name.")
     data_root.mkdir(parents=True, exist_ok=True)
     try:
         tmp.mkdir()  # a lock as well: of two processes, one succeeds

@@ -22,7 +22,6 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -217,13 +216,6 @@ def compiled(model: torch.nn.Module):
     return torch.compile(model)
 
 
-def distributed(model: torch.nn.Module):
-    """DDP, for several processes. Without broadcast_buffers, which would overwrite the router
-    statistics of all ranks with those of rank 0: update_routers sums them. A bucket of 200 MB holds
-    a whole layer of 1b: the compiler cuts its graph where a bucket ends."""
-    return DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=200)
-
-
 # ---------------------------------------------------------------- a step, an evaluation
 
 def make_optimizer(model: SMoETransformer, c: TrainConfig) -> torch.optim.AdamW:
@@ -301,14 +293,15 @@ def claim(out_dir: Path, c: TrainConfig):
                          "another --out_dir.") from None
     except (ImportError, OSError):
         pass  # Windows and some network disks have no such lock
-    found = [path for name in ("ckpt.pt", "log.jsonl") if (path := out_dir / name).exists()]
+    found = [path for path in (out_dir / "ckpt.pt", out_dir / "log.jsonl") if path.exists()]
     if found and not (c.resume or c.overwrite):
-        go_on = "--resume to go on with it, " if found[0].name == "ckpt.pt" else ""
-        raise ValueError(f"{out_dir} already holds a run ({found[0].name}); pass {go_on}"
-                         "--overwrite to start anew, which keeps it as *.old-N.*, or another "
-                         "--out_dir.")
-    if c.overwrite and found:
-        n = next(n for n in count(1) if not list(out_dir.glob(f"*.old-{n}.*")))
+        raise ValueError(f"{out_dir} already holds a run ({found[0].name}); pass --resume to go on "
+                         "with it, --overwrite to start anew, which keeps it as *.old-N.*, or "
+                         "another --out_dir.")
+    if found and c.overwrite:
+        n = 1
+        while list(out_dir.glob(f"*.old-{n}.*")):
+            n += 1
         for path in found:
             path.rename(path.with_stem(f"{path.stem}.old-{n}"))
         print(f"the earlier run is kept in {out_dir} as *.old-{n}.*")
@@ -431,13 +424,10 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
         c.gradient_accumulation_steps, 2, c.batch_size, c.block_size)))
     step = lambda: train_step(run, model.routers(), optimizer, batches, autocast, c)
     first, _, t = seconds(step, 1), seconds(step, 2), seconds(step, steps)  # compile, warm up, time
+    hardware, memory = f"CPU, {torch.get_num_threads()} threads", ""
     if device.type == "cuda":
-        hardware, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
-    else:
-        import resource  # of Unix alone
-        hardware = f"CPU, {torch.get_num_threads()} threads"
-        unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        hardware = torch.cuda.get_device_name()
+        memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     seconds(lambda: a @ b, 3)
@@ -451,8 +441,7 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
           f"{tokens:,} tokens a step")
     print(f"{t * 1e3:.1f} ms a step ({first:.1f} s the first), {tokens / t:,.0f} tokens/s, "
           f"{flops / 1e12:.3f} TFLOP/s, MFU {f'{flops / peak:.1%}' if peak else 'unknown'}")
-    print(f"{dense / flops:.2f} x the time of dense {n} x {n} products of the same FLOPs, "
-          f"peak memory {memory:.1f} GiB")
+    print(f"{dense / flops:.2f} x the time of dense {n} x {n} products of the same FLOPs{memory}")
 
 
 # ---------------------------------------------------------------- a run
@@ -526,7 +515,9 @@ def main(argv: list[str]) -> None:
     if master and checkpoint and checkpoint["evaluation"]:  # a finished run goes on: keep it, too
         shutil.copyfile(checkpoint_path, out_dir / f"ckpt.step-{step}.pt")
     model = compiled(raw_model) if c.compile else raw_model
-    model = distributed(model) if world_size > 1 else model
+    if world_size > 1:  # no broadcast of buffers: update_routers sums the statistics of all ranks.
+        # The compiler cuts its graph where a bucket of gradients ends; 200 MB hold a layer of 1b
+        model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=200)
 
     micro_steps = c.gradient_accumulation_steps // world_size
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
@@ -555,8 +546,9 @@ def main(argv: list[str]) -> None:
                              block_size=c.block_size) for i in range(micro_steps)]
 
         # learn: forward, backward, optimizer, routers
+        lr = learning_rate(step, c)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, c)
+            group["lr"] = lr
         losses = train_step(model, raw_model.routers(), optimizer, batches, autocast, c)
         bar.update()
 
@@ -569,7 +561,7 @@ def main(argv: list[str]) -> None:
         train_loss, aux_loss = (total(losses) / world_size).tolist()  # waits for the device
         speed = (step - start_step) * tokens / (time.perf_counter() - start)
         record = {"step": step, "train_loss": train_loss, "aux_loss": aux_loss,
-                  "lr": learning_rate(step, c), "tokens_per_s": speed,
+                  "lr": lr, "tokens_per_s": speed,
                   "mfu": speed * flops_per_token / (peak * world_size) if peak else None}
         bar.set_postfix(loss=f"{train_loss:.3f}")
         if evaluating:
