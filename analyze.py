@@ -23,7 +23,7 @@ import tempfile
 import textwrap
 from contextlib import ExitStack
 from functools import partial
-from itertools import combinations, count, cycle
+from itertools import combinations, cycle
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -37,7 +37,7 @@ from model import (
     expert_activations, expert_colors, load_balance, load_checkpoint, read_log, router_cosines,
     router_similarity, spearman, validate, watch)
 from prepare_data import (
-    Parser, cli, eval_batches, get_tokenizer, open_corpus, open_dataset, printable)
+    Parser, cli, eval_batches, get_tokenizer, open_corpus, open_dataset, printable, put_aside)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
 
@@ -74,8 +74,8 @@ class Observed(NamedTuple):
 def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
     """The run in `folder`, on n_tokens validation tokens (up to whole sequences), in float32 and
     eval mode: nothing moves. Its perplexity and load are those of its own last evaluation.
-    `known`: metrics of other runs; another seed of one of them is spared the long measurement of
-    gradients. Raises ValueError for a run that cannot be measured."""
+    `known`: groups; another seed of one of them is spared the long measurement of gradients.
+    Raises ValueError for a run that cannot be measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise ValueError("its weights are not finite; train it again with a lower learning rate.")
@@ -86,7 +86,9 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
         "data_sha256": checkpoint["data_sha256"],
         "val_sha256": checkpoint["val_sha256"] if evaluation else val_sha256,
         "history": str(checkpoint["history"])}  # max_iters that a --resume has changed on the way
-    log, notes = [r for r in read_log(folder / "log.jsonl") if "val_loss" in r], []
+    log = [record for record in read_log(folder / "log.jsonl")
+           if "val_loss" in record and record["step"] <= step]
+    notes = []
     if not log:
         notes.append(f"{folder}/log.jsonl holds no evaluation: no curves of this run.")
     if settings["data_sha256"] != train_sha256:
@@ -105,8 +107,9 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
         evaluation = {"val_loss": loss / n, "tokens": n, "load": load}
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
     gradients = logit_gradients(model, *next(iter(batches(1))))
-    this = experiment({"settings": settings, "step": step, "tokens": len(tokens)})
-    if all(experiment(run) != this for run in known):  # else: a seed of a group already measured
+    name = folder.resolve().name
+    this = {"seed": settings["seed"], "settings": settings, "step": step, "tokens": len(tokens)}
+    if group_key(name, this) not in known:
         gradients |= aux_gradient_ratio(model, batches(65536))
     try:
         encoding = get_tokenizer(checkpoint["tokenizer"])
@@ -114,8 +117,8 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
     except ValueError as error:  # its vocabulary is not on this machine
         text = lambda token: f"<{token}>"
         notes.append(f"experts.png shows token ids: {error}")
-    return Observed(folder.resolve().name, settings, step, evaluation["val_loss"],
-                    evaluation["tokens"], tokens, text, layers, log, gradients, notes)
+    return Observed(name, settings, step, evaluation["val_loss"], evaluation["tokens"], tokens,
+                    text, layers, log, gradients, notes)
 
 
 @torch.no_grad()
@@ -589,7 +592,7 @@ OTHER_STYLES = (  # of further groups, going round
 
 
 class Group(NamedTuple):
-    """Runs that differ in the seed alone: one line, one point, one colour in every figure."""
+    """Runs called NAME-SEED that differ in the seed alone: one line, one point, one colour."""
     label: str
     runs: list[dict]  # the metrics of each
     style: dict       # color, linestyle, marker
@@ -620,27 +623,29 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
     return {key: labels for key, labels in found.items() if len(labels) > 1}
 
 
-def group_runs(runs: dict[str, dict]) -> tuple[list[Group], list[str]]:
-    """-> the groups, in the order of their first runs, and a note for each run that is left out
-    because it repeats a seed of its group. A group is called as its first run, without the seed
-    where that leaves no two of the same name."""
-    found, notes = {}, []
+def group_key(name: str, run: dict) -> tuple[str, str]:
+    """Equal for the runs of a group: NAME- of NAME-SEED, and all settings but the seed. The name
+    takes part since the code of two runs may differ where their settings do not."""
+    seed = str(run["seed"]) if name.endswith(f"-{run['seed']}") else ""
+    return name.removesuffix(seed), json.dumps(experiment(run), sort_keys=True)
+
+
+def group_runs(runs: dict[str, dict]) -> list[Group]:
+    """The groups, in the order of their first runs. One with a name that others have as well is
+    called as its first run."""
+    found = {}
     for name, run in runs.items():
-        members = found.setdefault(json.dumps(experiment(run), sort_keys=True), {})
-        if run["seed"] in members:
-            notes.append(f"{name} repeats the seed of {members[run['seed']]}: means leave it out.")
-        members.setdefault(run["seed"], name)
-    names = [next(iter(members.values())) for members in found.values()]
-    labels = [name.removesuffix(f"-{runs[name]['seed']}") for name in names]
+        found.setdefault(group_key(name, run), []).append(name)
+    labels = [name.removesuffix("-") for name, _ in found]
     groups, styles, others = [], dict(ROUTER_STYLES), cycle(OTHER_STYLES)
-    for name, label, members in zip(names, labels, found.values()):
-        label = label if labels.count(label) == 1 else name
+    for label, members in zip(labels, found.values()):
+        label = label if labels.count(label) == 1 else members[0]
         label = label.lstrip("_")  # matplotlib leaves a label with it out of the legend
         # the first group of a router has the fixed style
-        color, line, marker = styles.pop(runs[name]["router"], None) or next(others)
-        groups.append(Group(label or "run", [runs[member] for member in members.values()], dict(
+        color, line, marker = styles.pop(runs[members[0]]["router"], None) or next(others)
+        groups.append(Group(label or "run", [runs[name] for name in members], dict(
             color=color, linestyle=line, marker=marker, markersize=4)))
-    return groups, notes
+    return groups
 
 
 def mean_and_spread(seeds: list[dict], key: str) -> str:
@@ -952,12 +957,10 @@ def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
         path = out_dir / name
         fig = Figure(figsize=(9, height + more * len(groups)), layout="compressed")
         draw(fig, groups)
-        if not fig.axes:
-            path.unlink(missing_ok=True)  # that of an earlier analysis
-            continue
-        fig.suptitle(title, fontsize=13)
-        fig.savefig(path, dpi=150)
-        paths.append(path)
+        if fig.axes:
+            fig.suptitle(title, fontsize=13)
+            fig.savefig(path, dpi=150)
+            paths.append(path)
     return paths
 
 
@@ -1007,10 +1010,6 @@ def make_out_dir(name: str) -> Path:
     except OSError as error:
         raise ValueError(f"--out_dir={out_dir} is no folder to write to ({error.strerror}); name "
                          "another.") from error
-    figures = [figure for figure in FIGURES if (out_dir / figure).exists()]
-    if figures and not (out_dir / "metrics.json").exists():
-        raise ValueError(f"{out_dir} holds {figures[0]}, but no metrics.json, so it is not of an "
-                         "analysis and is left as it is; name another --out_dir.")
     return out_dir
 
 
@@ -1027,18 +1026,15 @@ def read_metrics(path: Path) -> dict[str, dict]:
 
 
 def write_metrics(path: Path, runs: dict) -> None:
-    """Another text that lies at `path`, such as an earlier analysis, goes aside."""
-    text, temporary = json.dumps(runs) + "\n", path.with_suffix(f".{os.getpid()}.tmp")
+    """metrics.json; an earlier one, with its figures, is put aside."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two analyses may run at once
     try:
-        temporary.write_text(text)  # two analyses may run at once
+        temporary.write_text(json.dumps(runs) + "\n")
     except OSError as error:  # of a full disk, Python does not say which file it was
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error.strerror}).") from error
-    if path.exists() and path.read_bytes() != temporary.read_bytes():
-        aside = (path.with_name(f"metrics-{n}.json") for n in count(1))
-        kept = path.rename(next(free for free in aside if not free.exists()))
-        print(f"{path} held another analysis: it is {kept} now.", file=sys.stderr)
-    os.replace(temporary, path)  # a reader sees the old file or the new one
+    put_aside(path.parent, [path.name, *FIGURES])
+    os.replace(temporary, path)
 
 
 def main(argv: list[str]) -> None:
@@ -1046,9 +1042,9 @@ def main(argv: list[str]) -> None:
     sources = [Path(run).expanduser() for run in args.run]
     models = [Path(name).expanduser() for name in args.hf]
     if not (sources or models):
-        # rglob does not follow links
+        # rglob does not follow links; old-N is what --overwrite put aside
         found = {*Path("out").rglob("ckpt.pt"), *Path("out").glob("*/ckpt.pt")}
-        sources = sorted(path.parent for path in found)
+        sources = sorted(path.parent for path in found if not path.match("old-*/ckpt.pt"))
     if not (sources or models):
         raise ValueError("there is no run under out/; train one with python train.py.")
     out_dir = make_out_dir(args.out_dir)
@@ -1060,7 +1056,8 @@ def main(argv: list[str]) -> None:
             else:
                 run = (observe_hf(source, args.text, args.tokens, args.device, args.dtype)
                        if source in models else
-                       observe_run(source, args.tokens, args.device, runs.values()))
+                       observe_run(source, args.tokens, args.device,
+                                   {group_key(name, metrics) for name, metrics in runs.items()}))
                 found, notes = {run.name: measure(run)}, run.notes
             for name, metrics in found.items():
                 place = source if source.suffix == ".json" else source.parent
@@ -1078,9 +1075,9 @@ def main(argv: list[str]) -> None:
 
     path = out_dir / "metrics.json"
     write_metrics(path, runs)
-    groups, notes = group_runs(runs)
+    groups = group_runs(runs)
     print(markdown_table([(name, [run]) for name, run in runs.items()]), differing_settings(groups),
-          *notes, sep="\n\n")
+          sep="\n\n")
     if any(len(group.runs) > 1 for group in groups):
         print("\nMean ± sample standard deviation over seeds:\n")
         print(markdown_table([(group.label, group.runs) for group in groups]))

@@ -378,6 +378,19 @@ def cli(main):
     sys.exit(code)
 
 
+def put_aside(folder, patterns):
+    """Moves the files of `folder` that match to folder/old-1, or the next free number: train.py and
+    analyze.py never replace what they made earlier."""
+    if found := [path for pattern in patterns for path in folder.glob(pattern)]:
+        n = 1
+        while (folder / f"old-{n}").exists():
+            n += 1
+        (folder / f"old-{n}").mkdir()
+        for path in found:
+            path.rename(folder / f"old-{n}" / path.name)
+        print(f"What was in {folder} is kept in {folder}/old-{n}.")
+
+
 def main(argv):
     parser = Parser(allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -540,7 +540,7 @@ def one_process(device="cpu", dtype=torch.float32):
 
 
 def test_learning_rate_warms_up_linearly_and_falls_by_half_a_cosine():
-    c = train.TrainConfig(max_iters=110, warmup_iters=10, learning_rate=1.0, min_lr=0.1)
+    c = train.TrainConfig(max_iters=110, warmup_iters=10, learning_rate=1.0)
     rates = [train.learning_rate(step, c) for step in range(1, 111)]
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert rates[59] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1)
@@ -689,7 +689,7 @@ def test_the_coupling_that_is_logged_is_the_rank_correlation_of_score_and_activa
 
 @pytest.mark.parametrize("router", BALANCED)
 def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupted_one(
-        router, workdir, monkeypatch, capsys):
+        router, workdir, monkeypatch, capfd):
     run_train(f"--router={router}", "--out_dir=out/whole")
     steps = []
 
@@ -702,7 +702,7 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
     monkeypatch.setattr(train, "update_routers", interrupt)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     run_train(f"--router={router}", "--out_dir=out/halves")
-    printed = capsys.readouterr()
+    printed = capfd.readouterr()
     assert "stopping after this step" in printed.err
     assert ("stopped and saved at step 4; go on with: python train.py --out_dir=out/halves "
             "--resume") in printed.out
@@ -711,6 +711,20 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
     assert losses("out/halves") == losses("out/whole")
     whole, halves = (read_checkpoint(f"out/{name}/ckpt.pt") for name in ("whole", "halves"))
     assert same_state(whole["model"], halves["model"]) and halves["step"] == 6
+
+
+def test_a_closed_terminal_is_a_request_to_stop_and_save(workdir):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *TOY, "--out_dir=out/a", "--max_iters=100000",
+         "--eval_interval=100000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.time() + 60
+    while not Path("out/a/log.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    process.stdout.close()  # nobody reads what it prints any more
+    time.sleep(0.5)
+    process.send_signal(signal.SIGHUP)
+    process.wait(60)
+    assert read_checkpoint("out/a/ckpt.pt")["step"] == read_log("out/a")[-1]["step"] > 0
 
 
 def test_resume_forgets_what_the_log_says_after_the_checkpoint_and_what_it_cannot_read(workdir):
@@ -800,20 +814,22 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_lives(wo
     run_train("--out_dir=out/a")
 
 
-def test_overwrite_keeps_what_it_replaces(workdir, monkeypatch):
-    run_train("--out_dir=out/a")
-    before = [Path(f"out/a/{name}").read_bytes() for name in ("ckpt.pt", "log.jsonl")]
-    done = run_script("train.py", *TOY, "--out_dir=out/a")
-    assert done.returncode == 2 and "already holds a run (ckpt.pt); pass --resume" in done.stderr
-    assert before == [Path(f"out/a/{name}").read_bytes() for name in ("ckpt.pt", "log.jsonl")]
+def test_overwrite_keeps_what_it_replaces_and_replaces_nothing_before_the_new_run_works(workdir):
+    run_train("--out_dir=out/a", "--max_iters=3")
+    train.main(["--out_dir=out/a", "--resume", "--max_iters=6"])
+    names = {"ckpt.pt", "ckpt.step-3.pt", "log.jsonl"}
+    before = {name: Path("out/a", name).read_bytes() for name in names}
+    for flags, words in ((), "already holds a run (ckpt.pt); pass --resume"), (
+            ("--overwrite", "--dataset=nothing"), "data/nothing is not a whole data set"):
+        done = run_script("train.py", *TOY, "--out_dir=out/a", *flags)
+        assert done.returncode == 2 and words in done.stderr
+        assert set(os.listdir("out/a")) == names | {"lock"}
     run_train("--out_dir=out/a", "--overwrite", "--max_iters=2")
     assert len(read_log("out/a")) == 3 and read_checkpoint("out/a/ckpt.pt")["step"] == 2
-    assert before == [Path(f"out/a/{name}").read_bytes() for name in (
-        "ckpt.old-1.pt", "log.old-1.jsonl")]
     os.remove("out/a/ckpt.pt")  # a log alone is not lost either
     run_train("--out_dir=out/a", "--overwrite", "--max_iters=1")
-    assert read_checkpoint("out/a/ckpt.old-1.pt")["step"] == 6
-    assert len(read_log("out/a")) == 2 and Path("out/a/log.old-2.jsonl").exists()
+    assert len(read_log("out/a")) == 2 and len(read_log("out/a/old-2")) == 3
+    assert before == {name: Path("out/a/old-1", name).read_bytes() for name in names}
 
 
 def test_a_tilde_in_out_dir_is_the_home_folder(workdir, monkeypatch):
@@ -947,6 +963,7 @@ def test_sigterm_to_torchrun_saves_once_and_the_run_can_go_on(workdir):
     (["--learning_rate=nan"], "learning_rate must be positive"),
     (["--block_size=100000"], "block_size must be at most"),
     (["--vocab_size=64"], "such as 320"),
+    (["--z_loss_coef=0.1"], "z_loss_coef must be 0.0: router kmeans does not read it"),
     (["--compile", "--dtype=float32"], "dtype must be bfloat16 with --compile"),
     (["--out_dir=out/none", "--resume"], "out/none/ckpt.pt cannot be read (No such file"),
     (["--dtype=bfloat16", "--d_expert=12"], "multiples of 8 in bfloat16")])
@@ -1114,8 +1131,7 @@ def test_the_content_of_a_document_alone_decides_its_split(tmp_path):
 
 
 @pytest.mark.parametrize("text, train", [
-    ("äöü\r\n" * 99, "äöü\r\n" * 94), ("first\nsecond", "first\n"),     # at a line end
-    ("x" * 100, "x" * 95)])                                             # in the only line
+    ("äöü\r\n" * 99, "äöü\r\n" * 94), ("x" * 99 + "\n", "x" * 95)])     # at a line end if there is
 def test_the_tail_of_a_single_file_is_val(tmp_path, text, train):
     folder = write_folder(tmp_path / "texts", {"a.txt": text})
     for path in (folder / "a.txt", folder):  # a folder with one text is the same
@@ -1510,24 +1526,24 @@ def a_run(perplexity=4.0, seed=1, step=6, tokens=64, **settings):
     """What metrics.json says of a run, as far as the tables need it."""
     settings = {"router": "aux", "seed": seed, "max_iters": 6, "top_k": 2, "z_loss_coef": 0.0,
                 "data_sha256": "a", "val_sha256": "a", "block_size": 16, "batch_size": 1,
-                "gradient_accumulation_steps": 1, "out_dir": f"out/{seed}"} | settings
+                "gradient_accumulation_steps": 1, "history": "[]",
+                "out_dir": f"out/{seed}"} | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
             "tokens": tokens, "n_expert": 1, "settings": settings}
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_group_named_after_their_folder():
-    groups, notes = analyze.group_runs({
+    groups = analyze.group_runs({
         "my-1": a_run(), "my-2": a_run(seed=2), "wide": a_run(top_k=4), "kmeans-1": a_run(
             router="kmeans")})
     assert [(g.label, len(g.runs)) for g in groups] == [("my", 2), ("wide", 1), ("kmeans", 1)]
-    assert notes == []
 
 
 @pytest.mark.parametrize("change", [
     {"data_sha256": "b"}, {"step": 3}, {"top_k": 4}, {"tokens": 4096}, {"val_sha256": "b"},
     {"history": "[[3, 3]]"}])
 def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(change):
-    groups, _ = analyze.group_runs({"aux-1": a_run(), "aux-2": a_run(seed=2, **change)})
+    groups = analyze.group_runs({"aux-1": a_run(), "aux-2": a_run(seed=2, **change)})
     assert [group.label for group in groups] == ["aux-1", "aux-2"]  # not both `aux`
     (name, value), = change.items()
     line = analyze.differing_settings(groups)
@@ -1535,15 +1551,15 @@ def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(chan
     assert ("not comparable" in line) == (name == "val_sha256")
 
 
-def test_a_copied_run_is_named_and_not_averaged():
-    runs = {"aux-1": a_run(), "copy": a_run(), "aux-2": a_run(seed=2)}
-    groups, (note,) = analyze.group_runs(runs)
-    assert [run["seed"] for run in groups[0].runs] == [1, 2]
-    assert "copy repeats the seed of aux-1" in note
+def test_runs_of_edited_code_and_copied_runs_are_not_averaged_if_their_folders_have_other_names():
+    runs = {"aux-1": a_run(), "edited-3": a_run(seed=3), "aux": a_run(), "aux-2": a_run(seed=2)}
+    assert [(group.label, [run["seed"] for run in group.runs])
+            for group in analyze.group_runs(runs)] == [
+                ("aux-1", [1, 2]), ("edited", [3]), ("aux", [1])]
 
 
 def test_own_routers_look_different_in_colour_line_and_marker():
-    groups, _ = analyze.group_runs({name: a_run(router=name) for name in ("aux", *"abcde")})
+    groups = analyze.group_runs({name: a_run(router=name) for name in ("aux", *"abcde")})
     for part in ("color", "linestyle", "marker"):
         assert len({str(group.style[part]) for group in groups}) == 6
     assert groups[0].style["color"] == analyze.ROUTER_STYLES["aux"][0]
@@ -1555,7 +1571,7 @@ def test_the_table_marks_a_run_short_of_its_steps():
 
 
 def test_one_line_names_every_setting_in_which_the_runs_differ():
-    groups, _ = analyze.group_runs({"a-1": a_run(), "b": a_run(top_k=4, max_iters=9), "a-2": a_run(
+    groups = analyze.group_runs({"a-1": a_run(), "b": a_run(top_k=4, max_iters=9), "a-2": a_run(
         seed=2), "c": a_run(router="kmeans")})
     assert analyze.differing_settings(groups) == (
         "Settings that differ: max_iters 9 (b), else 6; top_k 4 (b), else 2.")
@@ -1566,10 +1582,10 @@ def test_differences_in_perplexity_are_paired_by_seed():
     aux, free = {1: 4.0, 2: 5.0, 3: 6.0}, {1: 4.04, 2: 5.1, 4: 9.0}  # +1 % and +2 %
     runs = {f"{name}-{seed}": a_run(perplexity, seed, router=name) for name, of in (
         ("aux", aux), ("lossfree", free)) for seed, perplexity in of.items()}
-    groups, _ = analyze.group_runs(runs)
+    groups = analyze.group_runs(runs)
     assert analyze.paired_differences(groups) == ["lossfree - aux: +1.50 ± 0.50 % (n = 2)"]
     runs |= {f"other-{seed}": a_run(4.0, seed, router="none", top_k=4) for seed in aux}
-    assert len(analyze.paired_differences(analyze.group_runs(runs)[0])) == 1  # two things differ
+    assert len(analyze.paired_differences(analyze.group_runs(runs))) == 1  # two things differ
 
 
 # ---------------------------------------------------------------- a model under observation
@@ -2047,7 +2063,8 @@ def test_models_are_analysed_alone_and_beside_runs_and_a_bad_one_spoils_no_other
     # sequences of 16 bytes hold no line of text to show
     drawn = {path.name for path in (workdir / "out/analysis").glob("*.png")}
     assert drawn == set(analyze.FIGURES) - {"experts.png"}
-    assert set(json.loads(Path("out/analysis/metrics-1.json").read_text())) == {"olmoe", "gpt_oss"}
+    earlier = json.loads(Path("out/analysis/old-1/metrics.json").read_text())
+    assert set(earlier) == {"olmoe", "gpt_oss"}
 
 
 # ---------------------------------------------------------------- the lesson
@@ -2117,7 +2134,7 @@ def logged(values, seed=1, tokens=(64, 64, 512), **settings):
 def drawn(runs):
     """-> for each panel of training.png: {label of a curve: its values}"""
     figure = pytest.importorskip("matplotlib.figure").Figure(layout="constrained")
-    analyze.draw_training(figure, analyze.group_runs(runs)[0])
+    analyze.draw_training(figure, analyze.group_runs(runs))
     return [{line.get_label(): line.get_ydata().tolist() for line in ax.get_lines()
              if line.get_marker() != "None"} for ax in figure.axes]
 
@@ -2135,39 +2152,34 @@ def test_losses_are_subtracted_only_on_the_same_tokens_and_seed(other):
     assert drawn(runs)[1] == {"lossfree": [0], "pair": [2]}
 
 
-def test_a_folder_with_a_figure_of_somebody_else_is_refused_and_untouched(workplace, tmp_path):
-    (tmp_path / "experts.png").write_text("mine")
-    done = run_script("analyze.py", "out/aux-1", f"--out_dir={tmp_path}", cwd=workplace)
-    assert done.returncode == 2 and "holds experts.png, but no metrics.json" in done.stderr
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+def test_an_analysis_replaces_nothing_and_leaves_no_figure_of_an_earlier_one_beside_its_numbers(
+        analysis, tmp_path, monkeypatch):
+    (tmp_path / "one.json").write_text(json.dumps({"aux-1": analysis[2]["aux-1"]}))
+    (tmp_path / "metrics.json").write_text("mine")
+    (tmp_path / "training.png").write_text("mine, too")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    analyze.main([str(tmp_path / "one.json"), f"--out_dir={tmp_path}"])
+    assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
+    assert not list(tmp_path.glob("*.png"))
+    assert (tmp_path / "old-1/metrics.json").read_text() == "mine"
+    assert (tmp_path / "old-1/training.png").read_text() == "mine, too"
 
 
-def test_a_metrics_json_with_other_runs_or_unreadable_goes_aside(analysis, tmp_path, capsys):
-    path = tmp_path / "metrics.json"
-    for i, old in enumerate(["{broken", json.dumps(analysis[2])], 1):
-        path.write_text(old)
-        (tmp_path / "one.json").write_text(json.dumps({"aux-1": analysis[2]["aux-1"]}))
-        for _ in range(2):  # the second time there is nothing to lose
-            analyze.main([str(tmp_path / "one.json"), f"--out_dir={tmp_path}"])
-        assert (tmp_path / f"metrics-{i}.json").read_text() == old
-        assert capsys.readouterr().err.count("held another analysis: it is") == 1
-    assert list(json.loads(path.read_text())) == ["aux-1"]
-    assert len(list(tmp_path.glob("metrics*.json"))) == 3
-
-
-@pytest.mark.parametrize("file, sentence", [
-    ("metrics.7.tmp", "metrics.json could not be written (No space"),
-    ("load.png", "could not be written (No space left on device); the numbers are in")])
-def test_a_full_disk_costs_no_numbers(analysis, tmp_path, monkeypatch, file, sentence):
-    pytest.importorskip("matplotlib")
-    old = json.dumps({"aux-1": analysis[2]["aux-1"]})
-    (tmp_path / "metrics.json").write_text(old)
-    monkeypatch.setattr(os, "getpid", lambda: 7)
-    (tmp_path / file).symlink_to("/dev/full")
+@pytest.mark.parametrize("where", ["numbers", "figures"])
+def test_a_full_disk_costs_no_numbers(where, analysis, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    (tmp_path / "metrics.json").write_text("old")
+    if where == "numbers":
+        monkeypatch.setattr(os, "getpid", lambda: 7)
+        (tmp_path / "metrics.7.tmp").symlink_to("/dev/full")
+    else:
+        full = OSError(28, "No space left on device")
+        monkeypatch.setattr(figure, "savefig", mock.Mock(side_effect=full))
     done = run_script("analyze.py", analysis[1] / "metrics.json", f"--out_dir={tmp_path}")
-    assert done.returncode == 2 and sentence in done.stderr
-    kept = "metrics.json" if file == "metrics.7.tmp" else "metrics-1.json"
-    assert (tmp_path / kept).read_text() == old
+    assert done.returncode == 2 and "could not be written (No space left" in done.stderr
+    old = tmp_path if where == "numbers" else tmp_path / "old-1"
+    assert (old / "metrics.json").read_text() == "old"
+    assert where == "numbers" or json.loads((tmp_path / "metrics.json").read_text()) == analysis[2]
 
 
 def test_ctrl_c_in_an_analysis_loses_no_run_that_was_measured(workplace, tmp_path, monkeypatch):

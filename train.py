@@ -7,7 +7,7 @@
     python train.py --bench --config=1b                  # speed and memory on synthetic tokens
 
 Every field of TrainConfig below is a flag: --name=value. A run writes out/<run>/log.jsonl and
-out/<run>/ckpt.pt; SIGINT (Ctrl-C) and SIGTERM finish the step and save."""
+out/<run>/ckpt.pt; Ctrl-C, SIGTERM and a closed terminal finish the step and save."""
 import argparse
 import ctypes
 import inspect
@@ -21,6 +21,7 @@ import signal
 import statistics
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +35,19 @@ from model import (
     Config, SMoETransformer, coupling_spearman, load_balance, read_checkpoint, read_log,
     router_similarity, validate)
 from prepare_data import (
-    Parser, cli, eval_batches, get_batch, get_tokenizer, open_dataset, prepare, printable)
+    Parser, cli, eval_batches, get_batch, get_tokenizer, open_dataset, prepare, printable,
+    put_aside)
 from routers import update_routers
 
 
 # ---------------------------------------------------------------- settings
+
+READ_BY = {  # router: its settings. One of your own may read them all
+    "aux": {"score_fn", "z_loss_coef", "aux_loss_coef"},
+    "lossfree": {"score_fn", "z_loss_coef", "bias_update_rate"},
+    "kmeans": {"bias_update_rate", "ema_decay", "gate_temperature"},
+    "none": {"score_fn", "z_loss_coef"}}
+
 
 @dataclass
 class TrainConfig(Config):
@@ -53,8 +62,7 @@ class TrainConfig(Config):
     eval_tokens: int = 16384              # validation tokens in an evaluation, always the same ones
     final_eval_tokens: int = 524288       # in the last one; stdlib has fewer, 420k, so all of them
     log_interval: int = 10                # steps from one line of the log to the next
-    learning_rate: float = 1e-3           # after the warm-up
-    min_lr: float = 1e-4                  # at the end of the cosine
+    learning_rate: float = 1e-3           # after the warm-up; a cosine takes it down to a tenth
     warmup_iters: int = 100               # steps of linear warm-up
     weight_decay: float = 0.1             # on matrices; norm weights have none
     beta1: float = 0.9                    # AdamW
@@ -65,7 +73,7 @@ class TrainConfig(Config):
     dtype: str = "auto"                   # auto (bfloat16 on CUDA or compiled), float32 or bfloat16
     compile: bool = False                 # torch.compile; needs bfloat16
     resume: bool = False                  # go on with the run in out_dir, with its settings
-    overwrite: bool = False               # start anew where out_dir already holds a run
+    overwrite: bool = False               # start anew; the run in out_dir moves to out_dir/old-1
     bench: bool = False                   # measure speed and memory instead; writes nothing
 
     def __post_init__(self):
@@ -82,6 +90,10 @@ class TrainConfig(Config):
         self.check(not (self.compile and self.dtype == "float32"), "dtype",
                    "bfloat16 with --compile")
         self.check(not (self.resume and self.overwrite), "overwrite", "left out with --resume")
+        ignored = set().union(*READ_BY.values()) - READ_BY.get(self.router, self.__dict__.keys())
+        for field in fields(Config):  # a flag without effect would look like a result
+            self.check(field.name not in ignored or getattr(self, field.name) == field.default,
+                       field.name, f"{field.default}: router {self.router} does not read it;")
         self.out_dir = os.path.expanduser(self.out_dir or f"out/{self.router}")
 
 
@@ -95,7 +107,7 @@ PRESETS = {
         vocab_size=50304, block_size=1024, n_layer=16, n_head=16, n_embd=1024, n_expert=64, top_k=8,
         d_expert=256, dataset="fineweb-edu", batch_size=16, gradient_accumulation_steps=32,
         max_iters=100_000, eval_interval=1000, eval_tokens=2**20, final_eval_tokens=2**22,
-        learning_rate=4e-4, min_lr=4e-5, warmup_iters=2000, compile=True),
+        learning_rate=4e-4, warmup_iters=2000, compile=True),
 }
 
 # what --resume may change beside max_iters, since it does not change what is trained
@@ -227,11 +239,12 @@ def make_optimizer(model: SMoETransformer, c: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, c: TrainConfig) -> float:
-    """Of step 1 .. max_iters: linear warm-up, then half a cosine from learning_rate to min_lr."""
+    """Of step 1 .. max_iters: linear warm-up, then half a cosine down to a tenth of the peak."""
     if step <= c.warmup_iters:
         return c.learning_rate * step / c.warmup_iters
     done = (step - c.warmup_iters) / (c.max_iters - c.warmup_iters)
-    return c.min_lr + (c.learning_rate - c.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    low = c.learning_rate / 10
+    return low + (c.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> torch.Tensor:
@@ -280,9 +293,8 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
 # ---------------------------------------------------------------- the files of a run
 
 def claim(out_dir: Path, c: TrainConfig):
-    """-> an open file that must stay so: while it does, no other run can be in out_dir. With
-    --overwrite, what a run has left there is kept as ckpt.old-1.pt and log.old-1.jsonl, or with the
-    next free number. Raises ValueError for a folder that another run is in, or has been in."""
+    """-> the locked file: while it is open, no other run can be in out_dir. Raises ValueError for a
+    folder that another run is in, or has been in."""
     out_dir.mkdir(parents=True, exist_ok=True)
     file = open(out_dir / "lock", "a")
     try:
@@ -296,15 +308,8 @@ def claim(out_dir: Path, c: TrainConfig):
     found = [path for path in (out_dir / "ckpt.pt", out_dir / "log.jsonl") if path.exists()]
     if found and not (c.resume or c.overwrite):
         raise ValueError(f"{out_dir} already holds a run ({found[0].name}); pass --resume to go on "
-                         "with it, --overwrite to start anew, which keeps it as *.old-N.*, or "
+                         "with it, --overwrite to start anew, which moves it to a folder old-1, or "
                          "another --out_dir.")
-    if found and c.overwrite:
-        n = 1
-        while list(out_dir.glob(f"*.old-{n}.*")):
-            n += 1
-        for path in found:
-            path.rename(path.with_stem(f"{path.stem}.old-{n}"))
-        print(f"the earlier run is kept in {out_dir} as *.old-{n}.*")
     return file
 
 
@@ -446,20 +451,22 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
 
 # ---------------------------------------------------------------- a run
 
-def stop_requests() -> list[int]:
-    """-> a list that SIGINT and SIGTERM fill: the first asks to stop after the step, a second one
-    stops at once."""
-    signals = []
+def stop_requests(world_size: int) -> tuple[list, dict]:
+    """-> a list that SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) fill from now on: they
+    ask to stop after the step; and {signal: what it did before}. Alone, a second Ctrl-C stops at
+    once; torchrun sends each process a second signal of its own accord."""
+    signals, numbers = [], [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup
+        numbers.append(signal.SIGHUP)
 
     def request_stop(number, frame):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this step; once more stops at once, without saving",
-              file=sys.stderr)
+        if world_size == 1:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with suppress(OSError):  # print is not safe here, and the terminal may be gone
+            os.write(2, b"\nstopping after this step; a second Ctrl-C stops without saving\n")
 
-    signal.signal(signal.SIGINT, request_stop)
-    signal.signal(signal.SIGTERM, request_stop)
-    return signals
+    return signals, {number: signal.signal(number, request_stop) for number in numbers}
 
 
 def finish(model, data, step: int, metrics: dict, machine: Machine, c: TrainConfig) -> None:
@@ -534,8 +541,10 @@ def main(argv: list[str]) -> None:
         nothing = dict.fromkeys(("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu"))
         records = [{"step": 0} | nothing | metrics | {"val_tokens": evaluation["tokens"]}]
     if master:
+        if c.overwrite:  # not before all that may go wrong at the start has gone right
+            put_aside(out_dir, ["ckpt*.pt", "log.jsonl"])
         write_log(log_path, records, anew=True)
-    signals, stop = stop_requests(), False
+    (signals, handlers), stop = stop_requests(world_size), False
     start, start_step = time.perf_counter(), step
     bar = tqdm(total=c.max_iters, initial=step, unit="step", disable=None if master else True)
     while step < c.max_iters and not stop:
@@ -574,12 +583,14 @@ def main(argv: list[str]) -> None:
         # save: the log at each measurement, a checkpoint at each evaluation
         if master:
             write_log(log_path, [record], anew=False)
-            if evaluating:
-                tqdm.write(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
             if evaluating or stop:
                 save_checkpoint(checkpoint_path, raw_model, optimizer, step,
                                 evaluation if last else None, data, machine, history, c)
+            if evaluating:
+                tqdm.write(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
         start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     bar.close()
     if master:
         finish(raw_model, data, step, metrics, machine, c)
