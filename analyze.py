@@ -61,8 +61,8 @@ class Observed(NamedTuple):
     name: str
     settings: dict        # all that makes it this run: "router", "seed", ..., "val_sha256"
     step: int | None      # optimizer steps done; None: not known
-    loss: float           # nats a token, on
-    val_tokens: int       # so many tokens
+    loss: float           # validation loss, nats a token
+    val_tokens: int       # how many tokens that loss is the mean of
     tokens: Tensor        # (N) ids, in the order of the layers' rows
     text: Callable        # token id -> its text
     layers: list[Layer]
@@ -155,10 +155,11 @@ def logit_gradients(model, idx: Tensor, targets: Tensor) -> dict[str, Tensor]:
         _, loss, aux_loss = model(idx, targets)
     routings = [layer[0][1] for layer in seen]
     logits = [routing.logits for routing in routings]                    # n_layer of (N, E)
-    if next(model.routers()[0].parameters(), None) is not None and logits[0].requires_grad:
+    learned = any(True for _ in model.routers()[0].parameters())
+    if learned and logits[0].requires_grad:
         gradients = torch.autograd.grad(loss + aux_loss, logits, allow_unused=True,
                                         materialize_grads=True)
-    else:  # no parameter to move: a gradient goes through the logits to x, if at all
+    else:  # there is no row to move: a gradient only goes through the logits to x, if at all
         gradients = [torch.zeros_like(values) for values in logits]
     return {"unrouted_gradient_share_by_layer": torch.stack([
                 unrouted_gradient_share(g, r.indices) for g, r in zip(gradients, routings)]),
@@ -631,8 +632,8 @@ def group_key(name: str, run: dict) -> tuple[str, str]:
 
 
 def group_runs(runs: dict[str, dict]) -> list[Group]:
-    """The groups, in the order of their first runs. One with a name that others have as well is
-    called as its first run."""
+    """The groups, in the order of their first runs. A group is labelled NAME; or, where two groups
+    have that NAME, as its first run."""
     found = {}
     for name, run in runs.items():
         found.setdefault(group_key(name, run), []).append(name)

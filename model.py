@@ -79,7 +79,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, T, C), cos and sin (T, D) -> (B, T, C)."""
         B, T, C = x.shape
-        # split(): the backward of indexing would fill a gradient of all of q, k and v with zeros
+        # split, not indexing, whose backward pass would fill three gradients of q, k and v with 0
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)     # (B, heads, T, D) each
                    for part in self.qkv_proj(x).split(C, dim=-1))
         q = rotate(self.q_norm(q), cos, sin).to(v.dtype)                # (B, heads, T, D)
@@ -92,7 +92,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE, half-split: turns each pair (x_j, x_{j + D/2}) of x (..., T, D) by its position's
     angle.
 
-        (a, b) -> (a cos - b sin, b cos + a sin);   the minus sign is in the first half of `sin`."""
+        (a, b) -> (a cos - b sin, b cos + a sin)
+
+    The first half of `sin` carries the minus sign."""
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
@@ -187,7 +189,7 @@ def weight_gradient(d_out: Tensor, inputs: Tensor, ends: Tensor) -> Tensor:
 def gather_sum(rows: Tensor, inverse: Tensor) -> Tensor:
     """rows (N*K, C), inverse (N, K) -> (N, C): to each token the sum of its K rows."""
     if torch.compiler.is_compiling():
-        # the compiler fuses the gather into the sum; dtype, or autocast on CUDA makes it float32
+        # the compiler fuses the gather into the sum; autocast on CUDA would make that float32
         return rows[inverse].sum(1, dtype=rows.dtype)
     return F.embedding_bag(inverse, rows, mode="sum")  # the same, without a second (N*K, C)
 

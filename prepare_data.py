@@ -73,8 +73,9 @@ def printable(tokenizer, ids):
 
 
 # ---------------------------------------------------------------- a corpus as pieces of text
-# A piece is (split, text, ends): split "train" or "val", text a document or the next part of one,
-# and whether the document ends there. Splits "broken" and "duplicate" are counted and left out.
+# A piece is (split, text, ends): `split` is "train" or "val"; `text` is a document, or the next
+# part of one; `ends` says whether it is the last part. The splits "broken" and "duplicate" are
+# counted and left out.
 
 def open_corpus(dataset, path, glob, val_fraction, data_root):
     """-> generator of the pieces of a built-in data set or of the text at `path`."""

@@ -199,7 +199,7 @@ def set_up(c: TrainConfig) -> Machine:
         raise ValueError(f"n_embd = {c.n_embd} and d_expert = {c.d_expert} must be multiples of 8 "
                          "in bfloat16 (grouped_mm wants rows of 16 bytes); pass --dtype=float32 "
                          "--no-compile.")
-    if world_size > 1:  # gradients travel over nccl, the request to stop over gloo, off the GPU
+    if world_size > 1:  # nccl for gradients; gloo for the request to stop, which is on the CPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Machine(device, torch.bfloat16 if bfloat16 else torch.float32,
                    torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), rank, world_size)
@@ -562,7 +562,8 @@ def main(argv: list[str]) -> None:
         bar.update()
 
         # measure, once in a while
-        stop = bool(total(torch.tensor(len(signals))))  # on the CPU: without waiting for the GPU
+        # was any process asked to stop? A tensor on the CPU: this does not wait for the GPU
+        stop = bool(total(torch.tensor(len(signals))))
         last, evaluation = step == c.max_iters, None
         evaluating = last or step % c.eval_interval == 0
         if not (stop or evaluating or step % c.log_interval == 0):
