@@ -944,7 +944,7 @@ FIGURES = {  # file: what draws it, its title, height in inches, extra height pe
                      0.05),
     "gradients.png": (draw_gradients, "Whose router rows one token moves, and how much of that is "
                       "balancing", 2.8, 0.25),
-    "experts.png": (draw_experts, "Sorted by token: where one character keeps one colour", 7, 0)}
+    "experts.png": (draw_experts, "Sorted by token: where one token keeps one colour", 7, 0)}
 
 
 def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
