@@ -42,11 +42,10 @@ from routers import update_routers
 
 # ---------------------------------------------------------------- settings
 
-READ_BY = {  # router: its settings. One of your own may read them all
-    "aux": {"score_fn", "z_loss_coef", "aux_loss_coef"},
-    "lossfree": {"score_fn", "z_loss_coef", "bias_update_rate"},
-    "kmeans": {"bias_update_rate", "ema_decay", "gate_temperature"},
-    "none": {"score_fn", "z_loss_coef"}}
+READ_BY = {  # setting: the routers that read it. A router of your own may read them all
+    "score_fn": ("aux", "lossfree", "none"), "z_loss_coef": ("aux", "lossfree", "none"),
+    "aux_loss_coef": ("aux",), "bias_update_rate": ("lossfree", "kmeans"),
+    "ema_decay": ("kmeans",), "gate_temperature": ("kmeans",)}
 
 
 @dataclass
@@ -90,10 +89,11 @@ class TrainConfig(Config):
         self.check(not (self.compile and self.dtype == "float32"), "dtype",
                    "bfloat16 with --compile")
         self.check(not (self.resume and self.overwrite), "overwrite", "left out with --resume")
-        ignored = set().union(*READ_BY.values()) - READ_BY.get(self.router, self.__dict__.keys())
-        for field in fields(Config):  # a flag without effect would look like a result
-            self.check(field.name not in ignored or getattr(self, field.name) == field.default,
-                       field.name, f"{field.default}: router {self.router} does not read it;")
+        for name, routers in READ_BY.items():  # a flag without effect would look like a result
+            default = getattr(Config, name)
+            own = self.router not in ("aux", "lossfree", "kmeans", "none")
+            self.check(self.router in routers or own or getattr(self, name) == default, name,
+                       f"{default} under {self.router}, which does not read it")
         self.out_dir = os.path.expanduser(self.out_dir or f"out/{self.router}")
 
 
