@@ -74,8 +74,8 @@ class Observed(NamedTuple):
 def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
     """The run in `folder`, on n_tokens validation tokens (up to whole sequences), in float32 and
     eval mode: nothing moves. Its perplexity and load are those of its own last evaluation.
-    `known`: groups; another seed of one of them is spared the long measurement of gradients.
-    Raises ValueError for a run that cannot be measured."""
+    `known`: group_key of the runs measured so far, since the slow aux_gradient_ratio is measured
+    for the first seed of a group only. Raises ValueError for a run that cannot be measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise ValueError("its weights are not finite; train it again with a lower learning rate.")
@@ -106,7 +106,7 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
             loss, n, load = validate(model, batches(settings["final_eval_tokens"]))
         evaluation = {"val_loss": loss / n, "tokens": n, "load": load}
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
-    gradients = logit_gradients(model, *next(iter(batches(1))))
+    gradients = logit_gradients(model, *next(iter(batches(1))))  # on one batch
     name = folder.resolve().name
     this = {"seed": settings["seed"], "settings": settings, "step": step, "tokens": len(tokens)}
     if group_key(name, this) not in known:
@@ -148,8 +148,8 @@ def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
 def logit_gradients(model, idx: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """One batch (B, T) -> by layer, from d(loss + aux_loss) / d(router logits) (N, E):
 
-        unrouted_gradient_share    share of its energy on experts that the token does not go to; nan
-                                   where no gradient moves the router
+        unrouted_gradient_share    share of its squared norm on experts that the token does not go
+                                   to; nan where no gradient moves the router
         gradient_reach             experts whose logits one token's gradient reaches, mean"""
     with watch(model) as seen:
         _, loss, aux_loss = model(idx, targets)
@@ -159,7 +159,7 @@ def logit_gradients(model, idx: Tensor, targets: Tensor) -> dict[str, Tensor]:
     if learned and logits[0].requires_grad:
         gradients = torch.autograd.grad(loss + aux_loss, logits, allow_unused=True,
                                         materialize_grads=True)
-    else:  # there is no row to move: a gradient only goes through the logits to x, if at all
+    else:  # centroids take no gradient: 0, and not what passes through the logits to x
         gradients = [torch.zeros_like(values) for values in logits]
     return {"unrouted_gradient_share_by_layer": torch.stack([
                 unrouted_gradient_share(g, r.indices) for g, r in zip(gradients, routings)]),
@@ -254,10 +254,10 @@ def see(mixture: Mixture, rows: list, bar, experts, args: tuple) -> None:
 
 def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor | None:
     """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E): softmax or
-    sigmoid. Both are tried: with the right one, log gate - log score is the same for all experts of
-    a token, since scaling or normalising the gates only adds a constant, so its spread is near 0. A
-    spread of half that of the log gates is no fit. Where neither fits: softmax if the largest
-    logits were selected (phimoe has gates of its own), else None."""
+    sigmoid. The gates are the scores of the selected experts, perhaps scaled or normalised, so for
+    the right function log gate - log score is one constant per token. Both are tried; it is the one
+    whose differences vary less, if less than half as much as the log gates do. If neither fits:
+    softmax if the largest logits were selected (phimoe has gates of its own), else None."""
     def spread(values):  # within a token; with one expert each, over the tokens
         return (values - values.mean(1 if values.shape[1] > 1 else 0, True)).abs().mean()
 
@@ -460,10 +460,11 @@ def entropy(counts: Tensor) -> Tensor:
 
 
 def token_information(tokens: Tensor, experts: Tensor, E: int) -> Tensor:
-    """tokens, experts (N) -> their mutual information in bits, H(token) + H(expert) - H(both),
-    minus the same after shuffling the experts: the bits that N tokens show by accident. At most
-    H(expert); 0 for a router that does not look at the token. Where most ids are rare (N not far
-    above V * E) this takes off too much: a lower bound, to be compared at one vocabulary and N."""
+    """tokens, experts (N) -> their mutual information in bits, H(token) + H(expert) - H(both). At
+    most H(expert); 0 for a router that does not look at the token. Counts of N tokens show some
+    information even where there is none; the same computation on shuffled experts estimates how
+    much, and is subtracted. With many rare ids (N not far above V * E) that is too much, and the
+    result a lower bound: compare it at one vocabulary and N."""
     shuffle = torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
 
     def information(experts):
@@ -482,7 +483,7 @@ def layer_metrics(layer: Layer, tokens: Tensor) -> dict[str, Tensor]:
     matched, mismatched = alignment(directions, layer.w_gate)
     metrics = {
         "load_std": std, "max_violation": violation, "load_cv": E * std,
-        "load_cv_sampling": ((E - 1) / load.sum()).sqrt(),  # of N * K assignments at random
+        "load_cv_sampling": ((E - 1) / load.sum()).sqrt(),  # CV of N * K throws at E equal targets
         "load_sorted": load.sort(descending=True).values / load.sum(),
         "router_similarity": router_similarity(directions),
         "router_similarity_signed": signed_similarity(directions),
@@ -848,7 +849,7 @@ def draw_training(fig, groups) -> None:
             run, "load_std").items()} for run in group.runs])
     base = next((group for group in groups if group.runs[0]["router"] == "lossfree"), groups[0])
 
-    def measured(run):  # losses are subtracted where this is the same
+    def measured(run):  # losses are comparable where this is equal
         settings = run["settings"]
         return (run["seed"], settings["val_sha256"], settings["block_size"], settings["batch_size"],
                 settings["gradient_accumulation_steps"], run["log"][0].get("val_tokens"))
@@ -1031,7 +1032,7 @@ def write_metrics(path: Path, runs: dict) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two analyses may run at once
     try:
         temporary.write_text(json.dumps(runs) + "\n")
-    except OSError as error:  # of a full disk, Python does not say which file it was
+    except OSError as error:  # that of a full disk does not name the file
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error.strerror}).") from error
     put_aside(path.parent, [path.name, *FIGURES])

@@ -29,7 +29,7 @@ from routers import ROUTERS, KMeansRouter, Router
 
 @dataclass
 class Config:
-    """Model and router, one field a choice. Raises ValueError with the name of a bad field."""
+    """Model and router, one field per choice. Raises ValueError with the name of a bad field."""
     vocab_size: int = 320            # token ids; 257 for bytes, up to the next multiple of 64
     block_size: int = 256            # longest sequence, in tokens
     n_layer: int = 4                 # blocks of attention and SMoE
@@ -79,9 +79,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, T, C), cos and sin (T, D) -> (B, T, C)."""
         B, T, C = x.shape
-        # split, not indexing, whose backward pass would fill three gradients of q, k and v with 0
+        # split() and not three slices: the backward pass of each would fill a whole gradient with 0
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)     # (B, heads, T, D) each
                    for part in self.qkv_proj(x).split(C, dim=-1))
+        # to(): under autocast RMSNorm and RoPE give float32
         q = rotate(self.q_norm(q), cos, sin).to(v.dtype)                # (B, heads, T, D)
         k = rotate(self.k_norm(k), cos, sin).to(v.dtype)                # (B, heads, T, D)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # (B, heads, T, D)
@@ -115,28 +116,37 @@ def experts_by_definition(x, indices, gates, w_gate, w_up, w_down) -> Tensor:
     return y
 
 
+def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    """indices (N, K) of the experts -> order (N*K), inverse (N, K), ends (E) int32. The pairs of a
+    token and one of its experts, the assignments t * K + k, as rows of a table in which the rows of
+    each expert lie together:
+
+        indices [[2, 0], [0, 1]]    the assignments 0, 1, 2, 3 go to the experts 2, 0, 0, 1
+        order   [1, 2, 3, 0]        row r of the table is the assignment order[r]
+        inverse [[3, 0], [1, 2]]    the row where the assignment (t, k) lies
+        ends    [2, 3, 4]           where the rows of each expert end"""
+    expert, order = indices.flatten().sort(stable=True)                 # (N*K), (N*K)
+    place = torch.arange(len(order), device=order.device)               # (N*K)
+    inverse = torch.empty_like(order).scatter_(0, order, place).view_as(indices)  # (N, K)
+    ids = torch.arange(E, device=order.device)                          # (E)
+    return order, inverse, torch.searchsorted(expert, ids, right=True, out_int32=True)
+
+
 class Experts(torch.autograd.Function):
-    """The same without the loop, and with its backward pass written out: that backward pass is the
-    claim of this project.
+    """The definition without the loop, and with its backward pass written out: that backward pass
+    is the claim of this project.
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
-    float32. The N*K pairs of a token and one of its experts, the assignments, are sorted by expert,
-    so that the rows of an expert lie together. SMoE.forward below makes `order` (N*K), the
-    assignments t * K + k in that order, `inverse` (N, K), the place of each in it, and `ends` (E),
-    where each expert's rows end. With N = 2, K = 2, E = 3:
-
-        indices [[2, 0], [0, 1]]  ->  order [1, 2, 3, 0], inverse [[3, 0], [1, 2]], ends [2, 3, 4]
-
-    One call of grouped_mm does all experts, with rows(i) from ends[i-1] up to ends[i]:
+    float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
+    does all experts. With rows(i) from ends[i-1] up to ends[i], M = N*K rows, P and Q any widths:
 
         a (M, P), b (E, P, Q):  out[rows(i)] = a[rows(i)] @ b[i]          (M, Q)
         a (P, M), b (M, Q):     out[i] = a[:, rows(i)] @ b[rows(i)]       (E, P, Q)
 
     Rows are only gathered, never added atomically, so two runs agree to the last bit. The gate
-    scales h, which is narrower than W_down h. Only x, a and b are saved for the backward pass, the
-    rest is computed again, so that memory does not grow with K copies of the hidden states (the
-    idea of SonicMoE, arXiv 2512.14080; torch.compile sees the repetition and keeps them after all).
-    Returns y (N, C)."""
+    multiplies h (H wide) and not the expert's output (C wide): the same result for less work. Of
+    the activations only x, a and b are saved; xs, K copies of the hidden states, is gathered again
+    in the backward pass (the idea of SonicMoE, arXiv 2512.14080)."""
 
     @staticmethod
     def forward(ctx, x, gates, w_gate, w_up, w_down, order, inverse, ends):
@@ -167,8 +177,10 @@ class Experts(torch.autograd.Function):
         da = torch.ops.aten.silu_backward(dh * b, a)                     # (N*K, H)
         db = dh * silu                                                   # (N*K, H)
 
-        # row h of dW_gate_i is the sum over the tokens t of expert i of da_th x_t, with db_th for
-        # dW_up_i, and the gradient of the router row r_i is such a sum, too: the geometric coupling
+        # the geometric coupling: all three are sums over the tokens t of expert i of (scalar) * x_t
+        #     row j of dW_gate_i      sum of da_tj x_t
+        #     row j of dW_up_i        sum of db_tj x_t
+        #     router row r_i          sum of dz_ti x_t, where autograd makes dz of dgates
         dw_gate = weight_gradient(da, xs, ends)                          # (E, H, C)
         dw_up = weight_gradient(db, xs, ends)                            # (E, H, C)
         dw_down = weight_gradient(dys, gate * h, ends)                   # (E, C, H)
@@ -189,9 +201,9 @@ def weight_gradient(d_out: Tensor, inputs: Tensor, ends: Tensor) -> Tensor:
 def gather_sum(rows: Tensor, inverse: Tensor) -> Tensor:
     """rows (N*K, C), inverse (N, K) -> (N, C): to each token the sum of its K rows."""
     if torch.compiler.is_compiling():
-        # the compiler fuses the gather into the sum; autocast on CUDA would make that float32
+        # the compiler fuses gather and sum; without dtype, autocast on CUDA would sum in float32
         return rows[inverse].sum(1, dtype=rows.dtype)
-    return F.embedding_bag(inverse, rows, mode="sum")  # the same, without a second (N*K, C)
+    return F.embedding_bag(inverse, rows, mode="sum")  # the same, without making rows[inverse]
 
 
 class SMoE(nn.Module):
@@ -210,14 +222,7 @@ class SMoE(nn.Module):
         B, T, C = x.shape
         x = x.reshape(B * T, C)                                          # (N, C)
         indices, gates, aux_loss, *_ = self.router(x)                    # (N, K), (N, K), ()
-
-        # one sort puts the N*K assignments in expert order; `inverse` leads each one back
-        expert, order = indices.flatten().sort(stable=True)              # (N*K), (N*K)
-        place = torch.arange(len(order), device=x.device)                # (N*K)
-        inverse = torch.empty_like(order).scatter_(0, order, place).view_as(indices)  # (N, K)
-        ids = torch.arange(len(self.w_gate), device=x.device)            # (E)
-        ends = torch.searchsorted(expert, ids, right=True, out_int32=True)  # (E)
-
+        order, inverse, ends = sort_by_expert(indices, len(self.w_gate))  # (N*K), (N, K), (E)
         # autocast does not know grouped_mm, so its inputs are cast by hand
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -337,8 +342,9 @@ class SMoETransformer(nn.Module):
         return total, total - c.n_layer * (c.n_expert - c.top_k) * 3 * c.n_embd * c.d_expert
 
     def flops_per_token(self) -> int:
-        """FLOPs a token of forward and backward at full block_size: 6 for each weight of an active
-        matrix (PaLM, arXiv 2204.02311, appendix B), and causal attention, half of the square."""
+        """FLOPs per token of forward and backward at full block_size: 6 for each weight of an
+        active matrix (PaLM, arXiv 2204.02311, appendix B), and attention, which is causal and so
+        takes half of the T x T products."""
         c = self.config
         layer = 4 * c.n_embd**2 + 3 * c.top_k * c.n_embd * c.d_expert + c.n_expert * c.n_embd
         attention = 6 * c.n_layer * c.block_size * c.n_embd
@@ -368,20 +374,21 @@ def validate(model: SMoETransformer, batches) -> tuple[float, int, Tensor]:
     """batches of idx and targets (B, T) -> sum of the cross-entropy over all tokens, their number,
     and the tokens that each expert got (n_layer, E)."""
     loss, n = 0.0, 0
-    loads = torch.zeros(model.config.n_layer, model.config.n_expert, device=model.cos.device)
+    c = model.config
+    loads = torch.zeros(c.n_layer, c.n_expert, device=model.head.weight.device)
     with watch(model) as seen:
         for idx, targets in batches:
             loss += model(idx, targets)[1].item() * idx.numel()
             n += idx.numel()
             for load, layer in zip(loads, seen):
-                _, routing = layer.pop()
+                _, routing = layer.pop()  # and forget it: memory stays flat
                 load += torch.bincount(routing.indices.flatten(), minlength=len(load))
     return loss, n, loads
 
 
 def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
     """batches of idx and targets (B, T) -> (n_layer): the rank correlation over tokens of router
-    score and gate-neuron activation, mean over experts."""
+    score and activation ||W_gate x||, mean over experts."""
     with watch(model) as seen:
         for idx, targets in batches:
             model(idx, targets)
@@ -394,8 +401,8 @@ def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
 
 
 def load_balance(load: Tensor) -> tuple[Tensor, Tensor]:
-    """load (..., E) tokens an expert -> Std and max violation (...) of the load shares f_i: their
-    population standard deviation over experts, and E * max f_i - 1. Both 0 at perfect balance."""
+    """load (..., E) tokens per expert -> two numbers (...) of its shares f_i, 0 at perfect balance:
+    the population standard deviation over experts, and the max violation, E * max f_i - 1."""
     f = load / load.sum(-1, keepdim=True)
     return f.std(-1, correction=0), f.shape[-1] * f.amax(-1) - 1
 
@@ -418,7 +425,7 @@ def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor | None = None) ->
         a_ti = ||W_gate_i x_t||,   ||silu(W_gate_i x_t)||,   ||silu(W_gate_i x_t) * (W_up_i x_t)||
 
     x (N, C), w_gate, w_up (E, H, C) -> (3, N, E); without w_up the first of them alone, (1, N, E).
-    Of the pre-activations, N * E * H numbers exist at once: pass some thousand tokens."""
+    Makes N * E * H numbers at once: pass a few thousand tokens at most."""
     a = torch.einsum("nc,ehc->neh", x, w_gate)                           # (N, E, H)
     norms = [a.norm(dim=-1)]                                             # (N, E)
     if w_up is not None:
@@ -500,6 +507,10 @@ def expert_colors(E: int) -> list[tuple[float, float, float]]:
 
 
 def main(argv: list[str]) -> None:
+    import argparse  # here, as the model itself needs nothing but torch and routers.py
+    import sys
+
+    from prepare_data import Parser, encode, get_tokenizer, printable
     parser = Parser(description="The model of a run writes. On a terminal each token stands on the "
                                 "colour of the expert that it goes to first.", allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -531,9 +542,6 @@ def main(argv: list[str]) -> None:
     print(*texts[:len(start)], " | ", *texts[len(start):], sep="")
 
 
-if __name__ == "__main__":  # for main alone: the model needs nothing but torch and routers.py
-    import argparse
-    import sys
-
-    from prepare_data import Parser, cli, encode, get_tokenizer, printable
+if __name__ == "__main__":
+    from prepare_data import cli
     cli(main)

@@ -36,7 +36,7 @@ PIECE = 1 << 21  # characters: about the most text that is handled as one string
 
 def get_tokenizer(name):
     """-> tiktoken.Encoding: `bytes`, or tiktoken's by name. ValueError: unknown, or no network."""
-    if name == "bytes":  # a token is a byte; the pattern only cuts the text, short cuts are faster
+    if name == "bytes":  # a token is a byte; the pattern only chops the text, for speed
         return tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}",
                                  mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={"<|endoftext|>": 256})
@@ -54,7 +54,7 @@ def encode(tokenizer, text):
     try:
         return tokenizer.encode_to_numpy(text, disallowed_special=())
     except ValueError:  # tiktoken's regex gives up on a run of a million spaces: halve it
-        if len(text) < 2:  # half of a surrogate pair
+        if len(text) < 2:  # half of a surrogate pair cannot be encoded
             raise
         half = len(text) // 2
         return np.concatenate([encode(tokenizer, text[:half]), encode(tokenizer, text[half:])])
@@ -132,10 +132,10 @@ def split_of(digest, val_fraction):
 
 def read_documents(paths, val_fraction):
     """Yields the pieces of several files: each is a document and goes to one split. A file above
-    PIECE counts as several documents, so that a few large files make two splits as well."""
+    PIECE counts as several documents, so that even a few large files fill both splits."""
     seen = set()
     for path in paths:
-        try:  # to the end, before any of it is used
+        try:  # to read it all, so that a file with a broken part is left out whole
             for text in read_text(path):
                 pass
         except (OSError, UnicodeDecodeError):
@@ -157,13 +157,13 @@ def read_single(path, val_fraction):
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it.") from error
     for text in read_text(path):
         if 0 < left <= len(text):
-            cut = text.find("\n", left - 1, -1) + 1 or left  # 0, so false: there is none
+            cut = text.find("\n", left - 1, -1) + 1 or left  # -1 + 1: there is no line end
             yield "train", text[:cut], False
             yield "val", text[cut:], False
         else:
             yield "train" if left > 0 else "val", text, False
         left -= len(text)
-    yield "val", "", True
+    yield "val", "", True  # ends the document: <|endoftext|>
 
 
 def download_shakespeare(path):
@@ -183,8 +183,8 @@ def download_shakespeare(path):
 
 
 def stream_fineweb_edu(val_fraction):
-    """Yields the paper-scale corpus: the smallest published sample that holds 50B tokens. A stream
-    that breaks ends it there, as what has arrived may have taken a day."""
+    """Yields the paper-scale corpus: the smallest published sample that holds 50B tokens. Where the
+    stream breaks, the data set ends, rather than losing a day's download."""
     n = 0
     try:
         from datasets import load_dataset
@@ -273,8 +273,8 @@ def write_tokens(pieces, enc, folder, val_fraction, max_tokens):
                 sha256[split].update(ids)
                 n[split] += len(ids)
                 counts["documents"] += ends
-                if n == limit:
-                    counts["documents"] += not ends  # that one was cut short
+                if n == limit:  # both files are full; a document that was cut short counts, too
+                    counts["documents"] += not ends
                     break
     return {"vocab_size": enc.n_vocab, "dtype": dtype.name, "n_train": n["train"],
             "n_val": n["val"], "sha256": {f"{s}.bin": sha256[s].hexdigest() for s in n}}, counts
@@ -318,7 +318,7 @@ def open_dataset(folder, block_size, vocab_size):
 
 def windows(data, split, starts, block_size, device):
     """-> x, y int64 (B, T) on `device`: the T = block_size tokens from each of `starts` (B,) on,
-    and those one later. ValueError on a token id outside the vocabulary: a damaged file."""
+    and the same shifted by one. ValueError on a token id outside the vocabulary: a damaged file."""
     # gathering through a sliding view measured 3 to 30 times faster than stacking slices
     view = np.lib.stride_tricks.sliding_window_view(getattr(data, split), block_size + 1)
     rows = torch.from_numpy(view[starts].astype(np.int64))  # (B, T+1)
@@ -334,8 +334,8 @@ def windows(data, split, starts, block_size, device):
 def get_batch(data, split, *, seed, step, micro_step=0, rank=0, world_size=1, batch_size,
               block_size, device="cpu"):
     """-> x, y int64 (B, T): random windows of a split, y one token ahead of x. A pure function of
-    its arguments, so that resuming needs no reader state. Rank and micro-step make one number:
-    W processes with A micro-steps read what one with W*A reads."""
+    its arguments, so that resuming needs no reader state. The seed takes micro_step * world_size +
+    rank, so W processes with A micro-steps read what one with W*A reads."""
     rng = np.random.default_rng([seed, split == "val", step, micro_step * world_size + rank])
     starts = rng.integers(len(getattr(data, split)) - block_size, size=batch_size)
     return windows(data, split, starts, block_size, device)

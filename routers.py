@@ -33,7 +33,7 @@ from torch import Tensor
 class Routing(NamedTuple):
     indices: Tensor   # (N, K) int64: the experts of each token, best first
     gates: Tensor     # (N, K) float32: their weights; each row sums to 1
-    aux_loss: Tensor  # scalar float32, to be added to the training loss
+    aux_loss: Tensor  # scalar float32: all that the router adds to the training loss; mostly 0
     logits: Tensor    # (N, E) float32: before softmax or sigmoid; gate() starts from these
     scores: Tensor    # (N, E) float32: after it; the selection compares these, plus any bias
 
@@ -89,7 +89,8 @@ class Router(nn.Module):
         self.load += assigned.sum(0)
 
     def statistics(self) -> list[Tensor]:
-        """The buffers that count() fills: summed over processes, read by update(), then zero."""
+        """The buffers that count() fills. update_routers() sums them over all processes, and sets
+        them to zero after update()."""
         return [self.load]
 
 
@@ -125,17 +126,17 @@ class LearnedRouter(Router):
         s = softmax(z), or sigmoid(z)
         S = top-K of s
         gate_i = s_i / sum over S of s
-        aux_loss = z_loss_coef * mean over tokens of logsumexp(z)^2
+        aux_loss = z_loss_coef * mean over tokens of logsumexp(z)^2           (0 by default)
 
     The gates are normalised over S, so the language-model loss has a gradient on the selected rows
     only. For one token that gradient is (scalar) * x, and so are those of the neuron rows of the
     selected expert's W_gate and W_up: router and expert move along the same tokens. The coupling.
     With K = 1 the gate is always 1 and that gradient 0: such a row never learns from the loss.
 
-    The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) keeps logits small; its coefficient is 0 by
-    default. Its gradient at z_i, 2 logsumexp(z) softmax(z)_i, has the same sign for every i, so it
-    moves all rows along x together: a common mode. With softmax scores neither the language-model
-    loss nor the balancing loss below has one: their gradients sum to zero over the experts."""
+    The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) keeps logits small. Its gradient at z_i,
+    2 logsumexp(z) softmax(z)_i, has the same sign for every i, so a token moves all rows along x
+    the same way: a common mode. Other losses reach z only through a softmax (unless s is a
+    sigmoid), and the gradient at the inputs of a softmax sums to zero: they have none."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -171,9 +172,8 @@ class AuxLossRouter(LearnedRouter):
             P_i = mean over tokens of s_i / sum over j of s_j               (softmax: sum is 1)
 
     At perfect balance aux_loss = aux_loss_coef. As f_i is a constant to the gradient, each expert's
-    mean score is pushed down in proportion to its load, the busiest most. That gradient is along x
-    for every token, chosen or not, on every row: it mixes into r_i tokens that expert i never
-    saw."""
+    mean score is pushed down in proportion to its load, the busiest most. Every token sends that
+    gradient, along its x, to every row: it mixes into r_i tokens that expert i never saw."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         f = assigned.mean(0) / self.config.top_k                          # (E)
@@ -201,7 +201,9 @@ class LossFreeRouter(LearnedRouter):
 
 
 class KMeansRouter(Router):
-    """Online K-Means: nothing but the geometry (arXiv 2605.12476). No parameters.
+    """Online K-Means: how near is the token to those that went there before? (arXiv 2605.12476).
+    No parameters. The temperature is there as cosines differ little: without it all gates would be
+    near 1/K.
 
         s_i = cos(x, c_i)                                        c (E, C) centroids, no gradient
         S = top-K of s + b
@@ -221,7 +223,7 @@ class KMeansRouter(Router):
         return self.centroids  # (E, C)
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # dividing the (N, E) products by |x| beats normalising the (N, C) hidden states first
+        # dividing the (N, E) products by |x| is cheaper than normalising the (N, C) hidden states
         products = x @ F.normalize(self.centroids.float(), dim=-1).t()    # (N, E)
         cosines = products / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         return cosines, cosines

@@ -42,7 +42,7 @@ from routers import update_routers
 
 # ---------------------------------------------------------------- settings
 
-READ_BY = {  # setting: the routers that read it. A router of your own may read them all
+READ_BY = {  # which of the built-in routers read a setting; one of your own may read any
     "score_fn": ("aux", "lossfree", "none"), "z_loss_coef": ("aux", "lossfree", "none"),
     "aux_loss_coef": ("aux",), "bias_update_rate": ("lossfree", "kmeans"),
     "ema_decay": ("kmeans",), "gate_temperature": ("kmeans",)}
@@ -89,7 +89,8 @@ class TrainConfig(Config):
         self.check(not (self.compile and self.dtype == "float32"), "dtype",
                    "bfloat16 with --compile")
         self.check(not (self.resume and self.overwrite), "overwrite", "left out with --resume")
-        for name, routers in READ_BY.items():  # a flag without effect would look like a result
+        # kmeans with --z_loss_coef=0.01 would pass for a result about the z-loss
+        for name, routers in READ_BY.items():
             default = getattr(Config, name)
             own = self.router not in ("aux", "lossfree", "kmeans", "none")
             self.check(self.router in routers or own or getattr(self, name) == default, name,
@@ -110,7 +111,7 @@ PRESETS = {
         learning_rate=4e-4, warmup_iters=2000, compile=True),
 }
 
-# what --resume may change beside max_iters, since it does not change what is trained
+# settings without effect on training, which --resume may change, as it may max_iters
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "eval_interval",
               "log_interval"}
 
@@ -172,8 +173,8 @@ class Machine(NamedTuple):
     device: torch.device
     dtype: torch.dtype         # of the activations
     autocast: torch.autocast   # the context of every forward pass
-    rank: int                  # of this process, among
-    world_size: int            # so many
+    rank: int                  # number of this process, from 0
+    world_size: int            # number of processes
 
 
 def set_up(c: TrainConfig) -> Machine:
@@ -222,8 +223,8 @@ def keep_freed_memory() -> None:
 
 
 def compiled(model: torch.nn.Module):
-    """torch.compile, with a backward pass outside autocast, as it is without the compiler. Traced
-    under the forward's autocast, the router's gradient would go through bfloat16 products."""
+    """torch.compile, which would trace the backward pass under autocast too, and so compute the
+    router's gradient in bfloat16. Without the compiler it is float32; this setting makes it so."""
     torch._functorch.config.backward_pass_autocast = "off"
     return torch.compile(model)
 
@@ -256,7 +257,7 @@ def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> 
         if isinstance(model, DDP):  # the gradients travel once a step, with the last micro-batch
             model.require_backward_grad_sync = i == len(batches) - 1
         with autocast:
-            loss, aux_loss = model(x, y)[1:]  # the logits are large: no name keeps them alive
+            loss, aux_loss = model(x, y)[1:]  # keeps no reference to the large logits
         ((loss + aux_loss) / len(batches)).backward()
         losses.append(torch.stack([loss, aux_loss]).detach())
     if c.grad_clip:
@@ -268,9 +269,9 @@ def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> 
 
 
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple[dict, dict]:
-    """-> (what the log says of it (README.md), what the checkpoint keeps). Validation metrics on
-    n_tokens tokens, the same ones for every seed, batch size and number of processes, which share
-    them; the coupling on 2,048 tokens, by each process. Layers count alike in every mean."""
+    """-> (metrics for the log, see README.md; evaluation for the checkpoint). Loss and load are on
+    n_tokens validation tokens, the same for every seed and batch size, divided among the processes;
+    the coupling on 2,048, the same for each process. Means are over layers."""
     where = dict(block_size=c.block_size, batch_size=c.batch_size, device=machine.device)
     model.eval()
     with machine.autocast, torch.no_grad():
@@ -299,7 +300,7 @@ def claim(out_dir: Path, c: TrainConfig):
     file = open(out_dir / "lock", "a")
     try:
         import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
     except BlockingIOError:
         raise ValueError(f"another run is in {out_dir} right now; wait for its end, or name "
                          "another --out_dir.") from None
@@ -349,8 +350,8 @@ def write_log(path: Path, records: list[dict], anew: bool) -> None:
     try:
         with open(target, "w" if anew else "a") as log:
             log.writelines(json.dumps(record) + "\n" for record in records)
-        os.replace(target, path)
-    except OSError as error:  # of a full disk, Python names no file
+        os.replace(target, path)  # no effect when appending
+    except OSError as error:  # that of a full disk does not name the file
         raise OSError(f"{path} could not be written ({error.strerror}).") from error
 
 
@@ -452,9 +453,9 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
 # ---------------------------------------------------------------- a run
 
 def stop_requests(world_size: int) -> tuple[list, dict]:
-    """-> a list that SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) fill from now on: they
-    ask to stop after the step; and {signal: what it did before}. Alone, a second Ctrl-C stops at
-    once; torchrun sends each process a second signal of its own accord."""
+    """Handles SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) -> (list of the signals that
+    have come: one means stop after this step, {signal: its handler before}). Of one process a
+    second Ctrl-C ends it at once; not under torchrun, which passes each signal on once more."""
     signals, numbers = [], [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup
         numbers.append(signal.SIGHUP)
@@ -497,7 +498,7 @@ def finish(model, data, step: int, metrics: dict, machine: Machine, c: TrainConf
 
 def command(script: str, *flags: str) -> str:
     """What the user types next. Other scripts do not know a router that the user's own script
-    registers, so it imports that one first."""
+    registers, so the command imports that script first."""
     mine = Path(sys.argv[0]).stem
     if mine == "train" or script == mine:
         return shlex.join(["python", f"{script}.py", *flags])
@@ -512,18 +513,19 @@ def main(argv: list[str]) -> None:
     device, dtype, autocast, rank, world_size = machine
     master, out_dir = rank == 0, Path(c.out_dir)
     log_path, checkpoint_path = out_dir / "log.jsonl", out_dir / "ckpt.pt"
-    held = claim(out_dir, c) if master else None  # until the process ends
+    lock = claim(out_dir, c) if master else None  # lasts while this file is open
     data = open_data(c, machine)
     torch.manual_seed(c.seed)  # the same weights on every rank
     raw_model = SMoETransformer(c).to(device)
     optimizer = make_optimizer(raw_model, c)
     step = restore(checkpoint, raw_model, optimizer, data, c) if checkpoint else 0
     history = checkpoint["history"] if checkpoint else []
-    if master and checkpoint and checkpoint["evaluation"]:  # a finished run goes on: keep it, too
+    if master and checkpoint and checkpoint["evaluation"]:  # of a finished run, which now goes on
         shutil.copyfile(checkpoint_path, out_dir / f"ckpt.step-{step}.pt")
     model = compiled(raw_model) if c.compile else raw_model
-    if world_size > 1:  # no broadcast of buffers: update_routers sums the statistics of all ranks.
-        # The compiler cuts its graph where a bucket of gradients ends; 200 MB hold a layer of 1b
+    if world_size > 1:
+        # broadcast_buffers=False: update_routers sums the statistics that the ranks have counted.
+        # bucket_cap_mb: the compiler cuts its graph where a bucket ends; 200 hold a layer of 1b
         model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=200)
 
     micro_steps = c.gradient_accumulation_steps // world_size
@@ -541,7 +543,7 @@ def main(argv: list[str]) -> None:
         nothing = dict.fromkeys(("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu"))
         records = [{"step": 0} | nothing | metrics | {"val_tokens": evaluation["tokens"]}]
     if master:
-        if c.overwrite:  # not before all that may go wrong at the start has gone right
+        if c.overwrite:  # only now, when the start can no longer fail
             put_aside(out_dir, ["ckpt*.pt", "log.jsonl"])
         write_log(log_path, records, anew=True)
     (signals, handlers), stop = stop_requests(world_size), False
@@ -561,9 +563,10 @@ def main(argv: list[str]) -> None:
         losses = train_step(model, raw_model.routers(), optimizer, batches, autocast, c)
         bar.update()
 
-        # measure, once in a while
-        # was any process asked to stop? A tensor on the CPU: this does not wait for the GPU
+        # was any process asked to stop? (A tensor on the CPU: this does not wait for the GPU.)
         stop = bool(total(torch.tensor(len(signals))))
+
+        # measure, once in a while
         last, evaluation = step == c.max_iters, None
         evaluating = last or step % c.eval_interval == 0
         if not (stop or evaluating or step % c.log_interval == 0):
