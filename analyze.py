@@ -34,10 +34,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    expert_activations, expert_colors, load_balance, load_checkpoint, read_log, router_cosines,
-    router_similarity, spearman, validate, watch)
+    code_sha256, expert_activations, expert_colors, load_balance, load_checkpoint, read_log,
+    router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
-    Parser, cli, eval_batches, get_tokenizer, open_corpus, open_dataset, printable, put_aside)
+    Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable,
+    put_aside)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
 
@@ -71,7 +72,7 @@ class Observed(NamedTuple):
     notes: list[str]      # sentences the user should read
 
 
-def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
+def observe_run(folder: Path, name: str, n_tokens: int, device: str, known=()) -> Observed:
     """The run in `folder`, on n_tokens validation tokens (up to whole sequences), in float32 and
     eval mode: nothing moves. Its perplexity and load are those of its own last evaluation.
     `known`: group_key of the runs measured so far, since the slow aux_gradient_ratio is measured
@@ -83,7 +84,7 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
     data = open_dataset(Path("data", checkpoint["config"]["dataset"]), c.block_size, c.vocab_size)
     train_sha256, val_sha256 = (data.meta["sha256"][f"{split}.bin"] for split in ("train", "val"))
     settings = checkpoint["config"] | {
-        "data_sha256": checkpoint["data_sha256"],
+        "data_sha256": checkpoint["data_sha256"], "code_sha256": checkpoint["code_sha256"],
         "val_sha256": checkpoint["val_sha256"] if evaluation else val_sha256,
         "history": str(checkpoint["history"])}  # max_iters that a --resume has changed on the way
     log = [record for record in read_log(folder / "log.jsonl")
@@ -94,6 +95,11 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
     if settings["data_sha256"] != train_sha256:
         notes.append(f"data/{settings['dataset']} is not the data that {folder} was trained on: it "
                      "may have seen some of the validation tokens in training.")
+    if settings["code_sha256"] != code_sha256(c.router):
+        notes.append(f"{folder} was trained by other code than it is measured by (model.py, "
+                     "routers.py, train.py or your router's): where they compute other things, its "
+                     "numbers are of neither. Measure it with its own code, and join the two "
+                     "metrics.json.")
 
     def batches(n):  # n of the tokens that train.py evaluates on, about 1,024 at a time
         return tqdm(list(eval_batches(data, n, block_size=c.block_size, device=device,
@@ -106,8 +112,7 @@ def observe_run(folder: Path, n_tokens: int, device: str, known=()) -> Observed:
             loss, n, load = validate(model, batches(settings["final_eval_tokens"]))
         evaluation = {"val_loss": loss / n, "tokens": n, "load": load}
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
-    gradients = logit_gradients(model, *next(iter(batches(1))))  # on one batch
-    name = folder.resolve().name
+    gradients = logit_gradients(model, *next(iter(batches(1024))))  # on one batch
     this = {"seed": settings["seed"], "settings": settings, "step": step, "tokens": len(tokens)}
     if group_key(name, this) not in known:
         gradients |= aux_gradient_ratio(model, batches(65536))
@@ -326,12 +331,12 @@ def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor
 
 
 @torch.no_grad()
-def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype: str) -> Observed:
+def observe_hf(folder: Path, name: str, text: str | None, n_tokens: int, device: str,
+               dtype: str) -> Observed:
     """The transformers model in `folder`, or of that name on the hub, at work on n_tokens tokens
     of a text. The model computes in its own dtype (auto) or another, the metrics get float32.
     Hidden states are kept for one layer and one batch at a time, weights are not copied. Raises
     ValueError for what is no such model."""
-    name = folder.resolve().name
     model, tokenizer = load_hf(folder, dtype)
     mixtures, c = find_mixtures(model.to(device)), model.config.get_text_config()
     if not mixtures:
@@ -626,22 +631,21 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
 
 
 def group_key(name: str, run: dict) -> tuple[str, str]:
-    """Equal for the runs of a group: NAME- of NAME-SEED, and all settings but the seed. The name
-    takes part since the code of two runs may differ where their settings do not."""
+    """Equal for the runs of a group: NAME- of NAME-SEED, and all settings but the seed."""
     seed = str(run["seed"]) if name.endswith(f"-{run['seed']}") else ""
     return name.removesuffix(seed), json.dumps(experiment(run), sort_keys=True)
 
 
 def group_runs(runs: dict[str, dict]) -> list[Group]:
-    """The groups, in the order of their first runs. A group is labelled NAME; or, where two groups
-    have that NAME, as its first run."""
+    """The groups, in the order of their first runs. The label is NAME for several seeds; for one
+    run, or where two groups have that NAME, it is the name of the first run."""
     found = {}
     for name, run in runs.items():
         found.setdefault(group_key(name, run), []).append(name)
     labels = [name.removesuffix("-") for name, _ in found]
     groups, styles, others = [], dict(ROUTER_STYLES), cycle(OTHER_STYLES)
     for label, members in zip(labels, found.values()):
-        label = label if labels.count(label) == 1 else members[0]
+        label = label if len(members) > 1 and labels.count(label) == 1 else members[0]
         label = label.lstrip("_")  # matplotlib leaves a label with it out of the legend
         # the first group of a router has the fixed style
         color, line, marker = styles.pop(runs[members[0]]["router"], None) or next(others)
@@ -794,8 +798,8 @@ def draw_load(fig, groups) -> None:
     left.set(xlabel="expert, busiest first", ylabel="load / even load - 1, mean over layers",
              ylim=(1.3 * min(low, -0.1), 1.3 * max(high, 0.1)))
     add_legend(fig, left)
-    draw_points(right, groups, "load_cv", "Std of the load / even load\n(dotted: what sampling "
-                "alone gives)", "load_cv_sampling", ".2g")
+    draw_points(right, groups, "load_cv", "Std of the load / even load\n(dotted: that of "
+                "independent draws)", "load_cv_sampling", ".2g")
     plain_log(right, "x")
 
 
@@ -877,7 +881,7 @@ def draw_gradients(fig, groups) -> None:
     if not groups:
         return
     left, *right = fig.subplots(1, 2 if with_aux else 1, squeeze=False)[0]
-    draw_points(left, groups, "gradient_reach", "experts whose router rows\none token's gradient "
+    draw_points(left, groups, "gradient_reach", "experts whose logits\none token's gradient "
                 "reaches", spec=".3g")
     for ax in right:
         for group in with_aux:
@@ -943,7 +947,7 @@ FIGURES = {  # file: what draws it, its title, height in inches, extra height pe
                         "mean hidden state", 3.8, 0.15),
     "training.png": (draw_training, "What training does to perplexity, balance and coupling", 6,
                      0.05),
-    "gradients.png": (draw_gradients, "Whose router rows one token moves, and how much of that is "
+    "gradients.png": (draw_gradients, "How far one token's gradient goes, and how much of it is "
                       "balancing", 2.8, 0.25),
     "experts.png": (draw_experts, "Sorted by token: where one token keeps one colour", 7, 0)}
 
@@ -1044,26 +1048,28 @@ def main(argv: list[str]) -> None:
     sources = [Path(run).expanduser() for run in args.run]
     models = [Path(name).expanduser() for name in args.hf]
     if not (sources or models):
-        # rglob does not follow links; old-N is what --overwrite put aside
+        # rglob does not follow links; within another run lies what --overwrite put aside
         found = {*Path("out").rglob("ckpt.pt"), *Path("out").glob("*/ckpt.pt")}
-        sources = sorted(path.parent for path in found if not path.match("old-*/ckpt.pt"))
+        sources = sorted(path.parent for path in found
+                         if not (path.parent.parent / "log.jsonl").exists())
     if not (sources or models):
         raise ValueError("there is no run under out/; train one with python train.py.")
     out_dir = make_out_dir(args.out_dir)
+    locked = lock(out_dir)  # while this file is open
     for source in {path.resolve(): path for path in (*sources, *models)}.values():  # each once
         notes = []
         try:
             if source.suffix == ".json":
-                found = read_metrics(source)
+                for name, metrics in read_metrics(source).items():
+                    runs[f"{source}/{name}" if name in runs else name] = metrics
             else:
-                run = (observe_hf(source, args.text, args.tokens, args.device, args.dtype)
+                name = source.resolve().name
+                name = str(source) if name in runs else name
+                run = (observe_hf(source, name, args.text, args.tokens, args.device, args.dtype)
                        if source in models else
-                       observe_run(source, args.tokens, args.device,
-                                   {group_key(name, metrics) for name, metrics in runs.items()}))
-                found, notes = {run.name: measure(run)}, run.notes
-            for name, metrics in found.items():
-                place = source if source.suffix == ".json" else source.parent
-                runs[f"{place}/{name}" if name in runs else name] = metrics
+                       observe_run(source, name, args.tokens, args.device,
+                                   {group_key(*item) for item in runs.items()}))
+                runs[name], notes = measure(run), run.notes
         except (ValueError, OSError, RuntimeError, MemoryError) as error:  # also: out of memory
             notes = [f"{source} is left out: {' '.join(str(error).split())}"]  # on one line
         except KeyboardInterrupt:  # what was measured is not lost

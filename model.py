@@ -12,7 +12,9 @@ The block is that of Qwen3-MoE without grouped-query attention: pre-norm, RMSNor
 each head of q and k, no biases, no dropout, an untied head. No expert has a capacity above which it
 drops tokens, as in some mixtures: every token reaches its K experts."""
 import colorsys
+import hashlib
 import json
+import sys
 import textwrap
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -454,6 +456,14 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- the files of a run
 
+def code_sha256(router: str) -> str:
+    """Of the code that makes a run, beside its settings: model.py, routers.py, train.py and, for a
+    router of your own, the script that has it."""
+    own = getattr(sys.modules[ROUTERS[router].__module__], "__file__", __file__)
+    files = [Path(__file__).with_name(f"{name}.py") for name in ("model", "routers", "train")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in [*files, Path(own)])).hexdigest()
+
+
 def read_checkpoint(path) -> dict:
     """What train.save_checkpoint wrote, mapped: what the caller does not touch (the optimizer's
     state is twice the model) costs no memory. Raises ValueError for a missing, damaged or foreign
@@ -461,7 +471,7 @@ def read_checkpoint(path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         for key in ("model", "optimizer", "step", "config", "evaluation", "rng", "history",
-                    "data_sha256", "val_sha256", "tokenizer"):
+                    "data_sha256", "val_sha256", "code_sha256", "tokenizer"):
             checkpoint[key]  # KeyError if it is missing
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); name the folder of a run."
@@ -508,7 +518,6 @@ def expert_colors(E: int) -> list[tuple[float, float, float]]:
 
 def main(argv: list[str]) -> None:
     import argparse  # here, as the model itself needs nothing but torch and routers.py
-    import sys
 
     from prepare_data import Parser, encode, get_tokenizer, printable
     parser = Parser(description="The model of a run writes. On a terminal each token stands on the "

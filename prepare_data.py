@@ -18,6 +18,7 @@ import sys
 import sysconfig
 from collections import Counter
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
@@ -105,17 +106,22 @@ def open_corpus(dataset, path, glob, val_fraction, data_root):
 
 
 def find_files(root, glob, skip=()):
-    """-> sorted Paths of the files below `root` whose name or end of path matches `glob`, but for
+    """-> sorted Paths of the files below `root` whose name or relative path matches `glob`, but for
     empty and hidden ones, folders in `skip`, and prepared data sets (they are not text)."""
     def unreadable(error):  # in place of leaving the folder out without a word
         raise error
 
-    found = []
-    for folder, subfolders, names in os.walk(root, onerror=unreadable):
+    found, seen = [], set()
+    for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
         subfolders[:] = [s for s in subfolders if s not in skip and not s.startswith(".")]
-        if not {"train.bin", "val.bin", "meta.json"} <= set(names):
+        if os.path.realpath(folder) in seen:  # links may go round
+            subfolders.clear()
+        elif not {"train.bin", "val.bin", "meta.json"} <= set(names):
             found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(p for p in found if p.match(glob) and p.is_file() and p.stat().st_size)
+        seen.add(os.path.realpath(folder))
+    glob = glob.replace("**/", "*")  # the * of fnmatch goes on over any /
+    return sorted(path for path in found if path.is_file() and path.stat().st_size and (
+        fnmatch(path.name, glob) or fnmatch(path.relative_to(root).as_posix(), glob)))
 
 
 def read_text(path):
@@ -379,9 +385,23 @@ def cli(main):
     sys.exit(code)
 
 
+def lock(folder):
+    """-> the locked file folder/lock: while it is open, no other process gets it. ValueError: one
+    has it. With this and put_aside, train.py and analyze.py never mix or replace what they make."""
+    file = open(folder / "lock", "a")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
+    except BlockingIOError:
+        raise ValueError(f"another process writes to {folder} right now; wait for its end, or name "
+                         "another --out_dir.") from None
+    except (ImportError, OSError):
+        pass  # Windows and some network disks have no such lock
+    return file
+
+
 def put_aside(folder, patterns):
-    """Moves the files of `folder` that match to folder/old-1, or the next free number: train.py and
-    analyze.py never replace what they made earlier."""
+    """Moves the files of `folder` that match to folder/old-1, or the next free number."""
     if found := [path for pattern in patterns for path in folder.glob(pattern)]:
         n = 1
         while (folder / f"old-{n}").exists():

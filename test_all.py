@@ -808,7 +808,7 @@ def test_a_loss_whose_exponential_overflows_is_no_reason_to_stop(workdir, monkey
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_lives(workdir):
     held = train.claim(Path("out/a"), train.TrainConfig())
     done = run_script("train.py", *TOY, "--out_dir=out/a")
-    assert done.returncode == 2 and "another run is in out/a right now" in done.stderr
+    assert done.returncode == 2 and "another process writes to out/a right now" in done.stderr
     assert os.listdir("out/a") == ["lock"]
     held.close()
     run_train("--out_dir=out/a")
@@ -1187,6 +1187,10 @@ def test_glob_picks_by_name_or_path_and_hidden_files_and_token_files_are_no_text
     found = ["".join(path.name[0] for path in prepare_data.find_files(folder, glob))
              for glob in ("*.md", "sub/*", "*")]
     assert found == ["ac", "cd", "afcd"]
+    (folder / "sub/round").symlink_to(folder)
+    (folder / "linked").symlink_to(write_folder(tmp_path / "other", {"g.md": "g"}))
+    assert ["".join(path.name[0] for path in prepare_data.find_files(folder, glob))
+            for glob in ("*.md", "sub/**/*.md", "**/*.txt")] == ["agc", "c", "fd"]
 
 
 def test_stdlib_is_the_source_of_the_standard_library_without_its_tests(monkeypatch):
@@ -1525,7 +1529,8 @@ def test_text_lines_are_whole_lines_of_text_with_the_expert_of_each_token():
 def a_run(perplexity=4.0, seed=1, step=6, tokens=64, **settings):
     """What metrics.json says of a run, as far as the tables need it."""
     settings = {"router": "aux", "seed": seed, "max_iters": 6, "top_k": 2, "z_loss_coef": 0.0,
-                "data_sha256": "a", "val_sha256": "a", "block_size": 16, "batch_size": 1,
+                "data_sha256": "a", "code_sha256": "a", "val_sha256": "a", "block_size": 16,
+                "batch_size": 1,
                 "gradient_accumulation_steps": 1, "history": "[]",
                 "out_dir": f"out/{seed}"} | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
@@ -1536,12 +1541,12 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group_named_after_their_fold
     groups = analyze.group_runs({
         "my-1": a_run(), "my-2": a_run(seed=2), "wide": a_run(top_k=4), "kmeans-1": a_run(
             router="kmeans")})
-    assert [(g.label, len(g.runs)) for g in groups] == [("my", 2), ("wide", 1), ("kmeans", 1)]
+    assert [(g.label, len(g.runs)) for g in groups] == [("my", 2), ("wide", 1), ("kmeans-1", 1)]
 
 
 @pytest.mark.parametrize("change", [
-    {"data_sha256": "b"}, {"step": 3}, {"top_k": 4}, {"tokens": 4096}, {"val_sha256": "b"},
-    {"history": "[[3, 3]]"}])
+    {"data_sha256": "b"}, {"code_sha256": "b"}, {"step": 3}, {"top_k": 4}, {"tokens": 4096},
+    {"val_sha256": "b"}, {"history": "[[3, 3]]"}])
 def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(change):
     groups = analyze.group_runs({"aux-1": a_run(), "aux-2": a_run(seed=2, **change)})
     assert [group.label for group in groups] == ["aux-1", "aux-2"]  # not both `aux`
@@ -1551,11 +1556,26 @@ def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(chan
     assert ("not comparable" in line) == (name == "val_sha256")
 
 
-def test_runs_of_edited_code_and_copied_runs_are_not_averaged_if_their_folders_have_other_names():
+def test_a_copied_run_and_one_called_otherwise_are_not_averaged_with_the_seeds_of_a_name():
     runs = {"aux-1": a_run(), "edited-3": a_run(seed=3), "aux": a_run(), "aux-2": a_run(seed=2)}
     assert [(group.label, [run["seed"] for run in group.runs])
             for group in analyze.group_runs(runs)] == [
-                ("aux-1", [1, 2]), ("edited", [3]), ("aux", [1])]
+                ("aux-1", [1, 2]), ("edited-3", [3]), ("aux", [1])]
+
+
+def test_edited_code_is_another_experiment_and_a_run_of_it_is_not_measured_without_a_word(
+        workdir, monkeypatch, capsys):
+    run_train("--out_dir=out/a-1", "--max_iters=3")
+    for module in (train, analyze):  # as if one of the files had been edited
+        monkeypatch.setattr(module, "code_sha256", lambda router: "edited")
+    train.main(["--out_dir=out/a-1", "--resume", "--max_iters=4"])
+    assert "goes on with other code" in capsys.readouterr().err
+    run_train("--out_dir=out/a-3", "--seed=3", "--max_iters=4")
+    monkeypatch.setattr(analyze, "code_sha256", lambda router: "edited again")
+    analyze.main(["out/a-1", "out/a-3", "--tokens=64"])
+    printed = capsys.readouterr()
+    assert printed.err.count("was trained by other code than it is measured by") == 2
+    assert "history" in printed.out and "over seeds" not in printed.out
 
 
 def test_own_routers_look_different_in_colour_line_and_marker():
@@ -1673,6 +1693,7 @@ def workplace(toy, tmp_path_factory):
         for name in ("aux-1", "aux-2", "lossfree-1", "kmeans-1"):
             router, seed = name.split("-")
             train.main([*RUN, f"--router={router}", f"--seed={seed}", f"--out_dir=out/{name}"])
+        change_checkpoint(folder / "out/aux-1", folder / "out/aux-1/old-1")  # is not found
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return folder
@@ -1854,7 +1875,7 @@ TEXT = str(ROOT / "routers.py")
 
 
 def observe_hf(folder, text=TEXT, n_tokens=8 * T, dtype="auto"):
-    return analyze.observe_hf(Path(folder), text, n_tokens, "cpu", dtype)
+    return analyze.observe_hf(Path(folder), Path(folder).name, text, n_tokens, "cpu", dtype)
 
 
 def mixture_of(block):
@@ -1950,7 +1971,7 @@ def test_one_of_our_runs_as_a_qwen3_moe_checkpoint_gives_the_numbers_of_the_run(
     model = make_model(router="aux", vocab_size=256, n_head=4)
     for p in model.parameters():
         if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.3)
+            torch.nn.init.normal_(p, std=0.2)
     run = observe_hf(save_hf(tmp_path, as_qwen3_moe(model)))
     idx = run.tokens.view(-1, T)
     loads = torch.stack([layer.load for layer in run.layers])
@@ -2171,6 +2192,13 @@ def test_a_full_disk_costs_no_numbers(where, analysis, tmp_path, monkeypatch):
     old = tmp_path if where == "numbers" else tmp_path / "old-1"
     assert (old / "metrics.json").read_text() == "old"
     assert where == "numbers" or json.loads((tmp_path / "metrics.json").read_text()) == analysis[2]
+
+
+def test_two_analyses_do_not_write_to_one_folder_at_once(workplace, tmp_path):
+    held = prepare_data.lock(tmp_path)
+    done = run_script("analyze.py", "out/aux-1", f"--out_dir={tmp_path}", cwd=workplace)
+    assert done.returncode == 2 and f"another process writes to {tmp_path} right now" in done.stderr
+    held.close()
 
 
 def test_ctrl_c_in_an_analysis_loses_no_run_that_was_measured(workplace, tmp_path, monkeypatch):

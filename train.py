@@ -32,10 +32,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from model import (
-    Config, SMoETransformer, coupling_spearman, load_balance, read_checkpoint, read_log,
-    router_similarity, validate)
+    Config, SMoETransformer, code_sha256, coupling_spearman, load_balance, read_checkpoint,
+    read_log, router_similarity, validate)
 from prepare_data import (
-    Parser, cli, eval_batches, get_batch, get_tokenizer, open_dataset, prepare, printable,
+    Parser, cli, eval_batches, get_batch, get_tokenizer, lock, open_dataset, prepare, printable,
     put_aside)
 from routers import update_routers
 
@@ -151,9 +151,9 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
 
 
 def check_resume(checkpoint: dict, c: TrainConfig) -> None:
-    """A run keeps its settings, or it would be another one. A new max_iters, which stretches the
-    cosine of the learning rate, goes into the checkpoint's history: [step of the change, old
-    max_iters]. Raises ValueError."""
+    """A run keeps its settings, or it would be another one. What may change and makes a difference,
+    max_iters, which stretches the cosine of the learning rate, and the code, goes into the
+    checkpoint's history as [step of the change, what it was]. Raises ValueError."""
     old, step = checkpoint["config"], checkpoint["step"]
     for name in sorted(old.keys() - INCIDENTAL - {"max_iters"}):
         if old[name] != getattr(c, name):
@@ -165,6 +165,9 @@ def check_resume(checkpoint: dict, c: TrainConfig) -> None:
                          "--max_iters to go on.")
     if old["max_iters"] != c.max_iters:
         checkpoint["history"].append([step, old["max_iters"]])
+    if checkpoint["code_sha256"] != code_sha256(c.router):
+        checkpoint["history"].append([step, checkpoint["code_sha256"]])
+        print(f"{c.out_dir} goes on with other code than it began with.", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the machine
@@ -260,7 +263,7 @@ def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> 
             loss, aux_loss = model(x, y)[1:]  # keeps no reference to the large logits
         ((loss + aux_loss) / len(batches)).backward()
         losses.append(torch.stack([loss, aux_loss]).detach())
-    if c.grad_clip:
+    if c.grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -297,15 +300,7 @@ def claim(out_dir: Path, c: TrainConfig):
     """-> the locked file: while it is open, no other run can be in out_dir. Raises ValueError for a
     folder that another run is in, or has been in."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    file = open(out_dir / "lock", "a")
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
-    except BlockingIOError:
-        raise ValueError(f"another run is in {out_dir} right now; wait for its end, or name "
-                         "another --out_dir.") from None
-    except (ImportError, OSError):
-        pass  # Windows and some network disks have no such lock
+    file = lock(out_dir)
     found = [path for path in (out_dir / "ckpt.pt", out_dir / "log.jsonl") if path.exists()]
     if found and not (c.resume or c.overwrite):
         raise ValueError(f"{out_dir} already holds a run ({found[0].name}); pass --resume to go on "
@@ -365,7 +360,7 @@ def save_checkpoint(path: Path, model, optimizer, step: int, evaluation: dict | 
         model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, config=config,
         evaluation=evaluation, rng=torch.get_rng_state(), history=history,
         data_sha256=data.meta["sha256"]["train.bin"], val_sha256=data.meta["sha256"]["val.bin"],
-        tokenizer=data.meta["tokenizer"]["name"])
+        tokenizer=data.meta["tokenizer"]["name"], code_sha256=code_sha256(c.router))
     temporary = path.with_suffix(".tmp")
     try:
         torch.save(state, temporary)
@@ -513,7 +508,7 @@ def main(argv: list[str]) -> None:
     device, dtype, autocast, rank, world_size = machine
     master, out_dir = rank == 0, Path(c.out_dir)
     log_path, checkpoint_path = out_dir / "log.jsonl", out_dir / "ckpt.pt"
-    lock = claim(out_dir, c) if master else None  # lasts while this file is open
+    claimed = claim(out_dir, c) if master else None  # while this file is open
     data = open_data(c, machine)
     torch.manual_seed(c.seed)  # the same weights on every rank
     raw_model = SMoETransformer(c).to(device)
