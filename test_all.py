@@ -826,7 +826,9 @@ def test_overwrite_keeps_what_it_replaces_and_replaces_nothing_before_the_new_ru
         assert set(os.listdir("out/a")) == names | {"lock"}
     run_train("--out_dir=out/a", "--overwrite", "--max_iters=2")
     assert len(read_log("out/a")) == 3 and read_checkpoint("out/a/ckpt.pt")["step"] == 2
-    os.remove("out/a/ckpt.pt")  # a log alone is not lost either
+    os.remove("out/a/ckpt.pt")  # a log alone is not lost either, and cannot be resumed
+    with pytest.raises(ValueError, match="holds a run .log.jsonl.; pass --overwrite"):
+        run_train("--out_dir=out/a")
     run_train("--out_dir=out/a", "--overwrite", "--max_iters=1")
     assert len(read_log("out/a")) == 2 and len(read_log("out/a/old-2")) == 3
     assert before == {name: Path("out/a/old-1", name).read_bytes() for name in names}

@@ -303,9 +303,10 @@ def claim(out_dir: Path, c: TrainConfig):
     file = lock(out_dir)
     found = [path for path in (out_dir / "ckpt.pt", out_dir / "log.jsonl") if path.exists()]
     if found and not (c.resume or c.overwrite):
-        raise ValueError(f"{out_dir} already holds a run ({found[0].name}); pass --resume to go on "
-                         "with it, --overwrite to start anew, which moves it to a folder old-1, or "
-                         "another --out_dir.")
+        go_on = "--resume to go on with it, " if found[0].name == "ckpt.pt" else ""
+        raise ValueError(f"{out_dir} already holds a run ({found[0].name}); pass {go_on}"
+                         "--overwrite to start anew, which moves it to a folder old-1, or another "
+                         "--out_dir.")
     return file
 
 
