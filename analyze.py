@@ -86,7 +86,7 @@ def observe_run(folder: Path, name: str, n_tokens: int, device: str, known=()) -
     settings = checkpoint["config"] | {
         "data_sha256": checkpoint["data_sha256"], "code_sha256": checkpoint["code_sha256"],
         "val_sha256": checkpoint["val_sha256"] if evaluation else val_sha256,
-        "history": str(checkpoint["history"])}  # max_iters that a --resume has changed on the way
+        "history": str(checkpoint["history"])}  # what a --resume has changed on the way
     log = [record for record in read_log(folder / "log.jsonl")
            if "val_loss" in record and record["step"] <= step]
     notes = []
