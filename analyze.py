@@ -34,8 +34,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    code_sha256, expert_activations, expert_colors, load_balance, load_checkpoint, read_log,
-    router_cosines, router_similarity, spearman, validate, watch)
+    INCIDENTAL, code_sha256, expert_activations, expert_colors, load_balance, load_checkpoint,
+    read_log, router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable,
     put_aside)
@@ -73,10 +73,11 @@ class Observed(NamedTuple):
 
 
 def observe_run(folder: Path, name: str, n_tokens: int, device: str, known=()) -> Observed:
-    """The run in `folder`, on n_tokens validation tokens (up to whole sequences), in float32 and
-    eval mode: nothing moves. Its perplexity and load are those of its own last evaluation.
-    `known`: group_key of the runs measured so far, since the slow aux_gradient_ratio is measured
-    for the first seed of a group only. Raises ValueError for a run that cannot be measured."""
+    """The run in `folder`, on n_tokens validation tokens (rounded up to whole sequences), in
+    float32 and eval mode: nothing moves. Its perplexity and load are those of its own last
+    evaluation. `known`: group_key of the runs measured so far, since the slow aux_gradient_ratio is
+    measured for the first seed of a group only. Raises ValueError for a run that cannot be
+    measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise ValueError("its weights are not finite; train it again with a lower learning rate.")
@@ -96,12 +97,12 @@ def observe_run(folder: Path, name: str, n_tokens: int, device: str, known=()) -
         notes.append(f"data/{settings['dataset']} is not the data that {folder} was trained on: it "
                      "may have seen some of the validation tokens in training.")
     if settings["code_sha256"] != code_sha256(c.router):
-        notes.append(f"{folder} was trained by other code than it is measured by (model.py, "
-                     "routers.py, train.py or your router's): where they compute other things, its "
-                     "numbers are of neither. Measure it with its own code, and join the two "
-                     "metrics.json.")
+        notes.append(f"{folder} was trained by other code than it is measured by (routers.py, "
+                     "model.py, prepare_data.py, train.py or your router's): where they compute "
+                     "other things, its numbers are of neither. Measure it with its own code, and "
+                     "join the two metrics.json.")
 
-    def batches(n):  # n of the tokens that train.py evaluates on, about 1,024 at a time
+    def batches(n):  # n validation tokens, spaced as train.py spaces them, about 1,024 at a time
         return tqdm(list(eval_batches(data, n, block_size=c.block_size, device=device,
                                       batch_size=max(1, 1024 // c.block_size))),
                     folder.name, unit="batch", **BAR)
@@ -113,6 +114,7 @@ def observe_run(folder: Path, name: str, n_tokens: int, device: str, known=()) -
         evaluation = {"val_loss": loss / n, "tokens": n, "load": load}
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
     gradients = logit_gradients(model, *next(iter(batches(1024))))  # on one batch
+    # what group_key reads of a run's metrics
     this = {"seed": settings["seed"], "settings": settings, "step": step, "tokens": len(tokens)}
     if group_key(name, this) not in known:
         gradients |= aux_gradient_ratio(model, batches(65536))
@@ -153,14 +155,13 @@ def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
 def logit_gradients(model, idx: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """One batch (B, T) -> by layer, from d(loss + aux_loss) / d(router logits) (N, E):
 
-        unrouted_gradient_share    share of its squared norm on experts that the token does not go
-                                   to; nan where no gradient moves the router
+        unrouted_gradient_share    see the function; nan where no gradient moves the router
         gradient_reach             experts whose logits one token's gradient reaches, mean"""
     with watch(model) as seen:
         _, loss, aux_loss = model(idx, targets)
     routings = [layer[0][1] for layer in seen]
     logits = [routing.logits for routing in routings]                    # n_layer of (N, E)
-    learned = any(True for _ in model.routers()[0].parameters())
+    learned = bool(list(model.routers()[0].parameters()))
     if learned and logits[0].requires_grad:
         gradients = torch.autograd.grad(loss + aux_loss, logits, allow_unused=True,
                                         materialize_grads=True)
@@ -242,10 +243,11 @@ def find_mixtures(model) -> list[Mixture]:
 
 def see(mixture: Mixture, rows: list, bar, experts, args: tuple) -> None:
     """The hook in front of the experts: appends to `rows` what a Layer is made of, for the n tokens
-    of this call, in float32. Of the weights, one expert's at a time: W x + b = (W, b) (x, 1)."""
+    of this call, in float32. It converts the weights of one expert at a time; their bias is one
+    more column: W x + b = (W, b) (x, 1)."""
     if len(args) != 3:
-        raise ValueError(f"its experts are called with {len(args)} argument, not with hidden "
-                         "states, selection and gates: how it routes is not known here.")
+        raise ValueError("its experts are not called with hidden states, selection and gates: how "
+                         "it routes is not known here.")
     x, indices, gates = (arg.flatten(0, -2) for arg in args)             # (n, C), (n, K), (n, K)
     x = x.float()
     logits = F.linear(x, mixture.rows.float(), mixture.bias.float())     # (n, E)
@@ -260,10 +262,10 @@ def see(mixture: Mixture, rows: list, bar, experts, args: tuple) -> None:
 def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor | None:
     """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E): softmax or
     sigmoid. The gates are the scores of the selected experts, perhaps scaled or normalised, so for
-    the right function log gate - log score is one constant per token. Both are tried; it is the one
-    whose differences vary less, if less than half as much as the log gates do. If neither fits:
+    the right function log gate - log score is one constant per token. Both are tried; it is the
+    function whose differences vary less, if less than half as much as the log gates. If neither:
     softmax if the largest logits were selected (phimoe has gates of its own), else None."""
-    def spread(values):  # within a token; with one expert each, over the tokens
+    def spread(values):  # within a token; for K = 1, over the tokens
         return (values - values.mean(1 if values.shape[1] > 1 else 0, True)).abs().mean()
 
     log_gates = gates.clamp(min=1e-30).log()                             # (N, K)
@@ -279,7 +281,7 @@ def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor | No
 
 def load_hf(folder: Path, dtype: str) -> tuple:
     """-> (model, tokenizer) of a folder, or of a name on the hub. Raises ValueError for what cannot
-    be read, is not whole, or does not fit into memory."""
+    be read, is not whole, or (of a folder) does not fit into memory as it is stored."""
     try:
         import transformers
     except ImportError:
@@ -314,14 +316,14 @@ def free_memory() -> float:
 
 
 def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor:
-    """-> ids (B, T + 1): sequences that begin evenly spaced in a text file or folder (None: in the
-    validation documents of the data set stdlib), as long as it has room for B of them."""
+    """-> ids (B, T + 1): sequences of one length, evenly spaced in a text file or folder (None: in
+    the validation documents of the data set stdlib); shorter than T where the text is short."""
     dataset, T = text or "stdlib", min(T, n_tokens)
     splits = ("train", "val") if text else ("val",)
     pieces = open_corpus(dataset, Path(dataset).expanduser(), None, 0.05, Path("data"))
     corpus = "".join(piece for split, piece, _ in pieces if split in splits)
     cuts = np.linspace(0, len(corpus), -(-n_tokens // T) + 1, dtype=int).tolist()
-    # 16 characters hold a token of any tokenizer, on average
+    # no tokenizer's tokens are longer than 16 characters on average
     rows = [tokenizer(corpus[start:min(end, start + 16 * (T + 1))], truncation=True,
                       max_length=T + 1)["input_ids"] for start, end in zip(cuts, cuts[1:])]
     T = min(map(len, rows)) - 1
@@ -500,9 +502,8 @@ def layer_metrics(layer: Layer, tokens: Tensor) -> dict[str, Tensor]:
         "coupling_by_rank": coupling_by_rank(layer.scores, layer.activations[0]),
         "selected_ratio": selected_ratio(layer.activations[0], layer.indices),
         "alignment_matched": matched, "alignment_mismatched": mismatched,
-        "alignment_difference": matched - mismatched,
         "token_information": token_information(tokens, first, E),
-        "token_entropy": entropy(torch.bincount(first, minlength=E))}
+        "expert_entropy": entropy(torch.bincount(first, minlength=E))}
     for suffix, activations in zip(("", "_silu", "_swiglu"), layer.activations):
         # an expert with a constant score or activation has no correlation and does not count
         metrics["coupling_spearman" + suffix] = spearman(layer.scores, activations).nanmean()
@@ -576,9 +577,6 @@ def measure(run: Observed) -> dict:
 
 # ---------------------------------------------------------------- groups and tables
 
-# What may differ between runs that are averaged: the seed, and settings that change no number.
-AVERAGED_OVER = {"seed", "out_dir", "device", "compile", "resume", "overwrite", "bench", "config",
-                 "eval_interval", "log_interval"}
 COLUMNS = {  # header: keys
     "perplexity": ("perplexity",), "load CV": ("load_cv",), "max violation": ("max_violation",),
     "similarity, mean abs cos (chance)": ("router_similarity", "router_similarity_chance"),
@@ -587,7 +585,7 @@ COLUMNS = {  # header: keys
         "coupling_spearman", "coupling_spearman_silu", "coupling_spearman_swiglu"),
     "selected ratio": ("selected_ratio",),
     "alignment matched (mismatched)": ("alignment_matched", "alignment_mismatched"),
-    "token information, bits (ceiling)": ("token_information", "token_entropy"),
+    "token information, bits (ceiling)": ("token_information", "expert_entropy"),
     "unrouted gradient share": ("unrouted_gradient_share",)}
 ROUTER_STYLES = {  # colour (Okabe-Ito), line, marker: each tells them apart, in grey too
     "aux": ("#E69F00", "--", "s"), "lossfree": ("#0072B2", "-", "o"),
@@ -615,8 +613,10 @@ class Group(NamedTuple):
 
 
 def experiment(run: dict) -> dict:
-    """The settings that must be equal in two runs for their numbers to be averaged."""
-    kept = {key: value for key, value in run["settings"].items() if key not in AVERAGED_OVER}
+    """The settings that must be equal in two runs for their numbers to be averaged: all but the
+    seed, the preset's name and what changes nothing but rounding."""
+    kept = {key: value for key, value in run["settings"].items()
+            if key not in INCIDENTAL | {"seed", "config"}}
     return kept | {"step": run["step"], "tokens": run["tokens"]}
 
 
@@ -646,10 +646,9 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
     groups, styles, others = [], dict(ROUTER_STYLES), cycle(OTHER_STYLES)
     for label, members in zip(labels, found.values()):
         label = label if len(members) > 1 and labels.count(label) == 1 else members[0]
-        label = label.lstrip("_")  # matplotlib leaves a label with it out of the legend
         # the first group of a router has the fixed style
         color, line, marker = styles.pop(runs[members[0]]["router"], None) or next(others)
-        groups.append(Group(label or "run", [runs[name] for name in members], dict(
+        groups.append(Group(label, [runs[name] for name in members], dict(
             color=color, linestyle=line, marker=marker, markersize=4)))
     return groups
 
@@ -666,7 +665,7 @@ def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
     lines = [("run", "router", "seed", "step", *COLUMNS), ("---",) * (4 + len(COLUMNS))]
     for name, seeds in rows:
         step, planned = seeds[0]["step"], seeds[0]["settings"].get("max_iters")
-        cells = [name.replace("|", "\\|"), seeds[0]["router"],
+        cells = [name, seeds[0]["router"],
                  ", ".join("–" if run["seed"] is None else str(run["seed"]) for run in seeds),
                  "–" if step is None else f"{step} of {planned}" if step < planned else str(step)]
         for key, *more in COLUMNS.values():
@@ -805,6 +804,7 @@ def draw_load(fig, groups) -> None:
 
 def draw_similarity(fig, groups) -> None:
     order = sorted(groups, key=lambda group: group.mean("router_similarity"))
+    # the least alike, the middle, the most alike
     chosen = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})]
     maps = [np.array(group.runs[0]["cosines"]) for group in chosen]      # (E, E) each
     scale = max(np.abs(m - np.eye(len(m))).max() for m in maps) or 1
@@ -985,10 +985,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hf", action="append", default=[], metavar="DIR",
                         help="folder, or name on the hub, of a model to load with transformers; "
                              "may be given several times, and beside runs")
-    parser.add_argument("--text", metavar="FILE", help="what it reads: a text file or folder "
-                        "(default: this Python's own library)")
+    parser.add_argument("--text", metavar="FILE", help="what the --hf model reads: a text file or "
+                        "folder (default: this Python's own library)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                        help="what it computes in (default: auto, as it is stored)")
+                        help="what the --hf model computes in (default: auto, as it is stored)")
     parser.add_argument("--device", default="auto",
                         help="auto, cpu, cuda or cuda:N (default: auto)")
     args = parser.parse_args(argv)
@@ -1008,7 +1008,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def make_out_dir(name: str) -> Path:
-    """Before the work, which may take an hour: can its result be kept there, and may it?"""
+    """Makes the folder. Fails now if it cannot be written to, and not after the work, which may
+    take an hour."""
     out_dir = Path(name).expanduser()
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -1033,7 +1034,7 @@ def read_metrics(path: Path) -> dict[str, dict]:
 
 def write_metrics(path: Path, runs: dict) -> None:
     """metrics.json; an earlier one, with its figures, is put aside."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two analyses may run at once
+    temporary = path.with_suffix(".tmp")
     try:
         temporary.write_text(json.dumps(runs) + "\n")
     except OSError as error:  # that of a full disk does not name the file
@@ -1048,14 +1049,14 @@ def main(argv: list[str]) -> None:
     sources = [Path(run).expanduser() for run in args.run]
     models = [Path(name).expanduser() for name in args.hf]
     if not (sources or models):
-        # rglob does not follow links; within another run lies what --overwrite put aside
+        # glob too, as rglob does not follow links; inside a run lies what --overwrite put aside
         found = {*Path("out").rglob("ckpt.pt"), *Path("out").glob("*/ckpt.pt")}
         sources = sorted(path.parent for path in found
                          if not (path.parent.parent / "log.jsonl").exists())
     if not (sources or models):
         raise ValueError("there is no run under out/; train one with python train.py.")
     out_dir = make_out_dir(args.out_dir)
-    locked = lock(out_dir)  # while this file is open
+    locked = lock(out_dir)  # the lock holds while this file is open
     for source in {path.resolve(): path for path in (*sources, *models)}.values():  # each once
         notes = []
         try:

@@ -8,9 +8,9 @@
 Shapes: B batch, T sequence, N = B*T tokens, C = n_embd, D = C / n_head, V = vocab_size,
         E = n_expert, K = top_k, H = d_expert (expert width).
 
-The block is that of Qwen3-MoE without grouped-query attention: pre-norm, RMSNorm, RoPE, RMSNorm on
-each head of q and k, no biases, no dropout, an untied head. No expert has a capacity above which it
-drops tokens, as in some mixtures: every token reaches its K experts."""
+The architecture is that of Qwen3-MoE without grouped-query attention: pre-norm, RMSNorm, RoPE,
+RMSNorm on each head of q and k, no biases, no dropout, an untied head. No expert has a capacity
+above which it drops tokens, as in some mixtures: every token reaches its K experts."""
 import colorsys
 import hashlib
 import json
@@ -32,7 +32,7 @@ from routers import ROUTERS, KMeansRouter, Router
 @dataclass
 class Config:
     """Model and router, one field per choice. Raises ValueError with the name of a bad field."""
-    vocab_size: int = 320            # token ids; 257 for bytes, up to the next multiple of 64
+    vocab_size: int = 320            # token ids: the 257 of bytes, rounded up to a multiple of 64
     block_size: int = 256            # longest sequence, in tokens
     n_layer: int = 4                 # blocks of attention and SMoE
     n_head: int = 4                  # attention heads
@@ -81,7 +81,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, T, C), cos and sin (T, D) -> (B, T, C)."""
         B, T, C = x.shape
-        # split() and not three slices: the backward pass of each would fill a whole gradient with 0
+        # split() and not three slices: the backward pass of each slice would write all 3C columns
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)     # (B, heads, T, D) each
                    for part in self.qkv_proj(x).split(C, dim=-1))
         # to(): under autocast RMSNorm and RoPE give float32
@@ -119,9 +119,9 @@ def experts_by_definition(x, indices, gates, w_gate, w_up, w_down) -> Tensor:
 
 
 def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """indices (N, K) of the experts -> order (N*K), inverse (N, K), ends (E) int32. The pairs of a
-    token and one of its experts, the assignments t * K + k, as rows of a table in which the rows of
-    each expert lie together:
+    """Numbers the pairs of token t and its k-th expert, the assignments, t * K + k, and sorts them
+    by expert into the rows of a table. indices (N, K) of the experts -> order (N*K), inverse
+    (N, K), ends (E) int32:
 
         indices [[2, 0], [0, 1]]    the assignments 0, 1, 2, 3 go to the experts 2, 0, 0, 1
         order   [1, 2, 3, 0]        row r of the table is the assignment order[r]
@@ -140,12 +140,12 @@ class Experts(torch.autograd.Function):
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
     float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
-    does all experts. With rows(i) from ends[i-1] up to ends[i], M = N*K rows, P and Q any widths:
+    does all experts. With rows(i) from ends[i-1], or 0, up to ends[i], M = N*K, any widths P and Q:
 
         a (M, P), b (E, P, Q):  out[rows(i)] = a[rows(i)] @ b[i]          (M, Q)
         a (P, M), b (M, Q):     out[i] = a[:, rows(i)] @ b[rows(i)]       (E, P, Q)
 
-    Rows are only gathered, never added atomically, so two runs agree to the last bit. The gate
+    Rows are only gathered, never added atomically, so the same call gives the same bits. The gate
     multiplies h (H wide) and not the expert's output (C wide): the same result for less work. Of
     the activations only x, a and b are saved; xs, K copies of the hidden states, is gathered again
     in the backward pass (the idea of SonicMoE, arXiv 2512.14080)."""
@@ -159,22 +159,20 @@ class Experts(torch.autograd.Function):
         b = grouped_mm(xs, w_up.transpose(1, 2), offs=ends)              # (N*K, H)
         h = F.silu(a) * b                                                # (N*K, H)
         ys = grouped_mm(gate * h, w_down.transpose(1, 2), offs=ends)     # (N*K, C)
-        ctx.save_for_backward(x, gates, w_gate, w_up, w_down, order, inverse, ends, a, b)
+        ctx.save_for_backward(x, gate, w_gate, w_up, w_down, token, inverse, ends, a, b)
         return gather_sum(ys, inverse)                                   # (N, C) combine
 
     @staticmethod
     def backward(ctx, dy):
-        x, gates, w_gate, w_up, w_down, order, inverse, ends, a, b = ctx.saved_tensors
-        token = order // gates.shape[1]                                  # (N*K)
+        x, gate, w_gate, w_up, w_down, token, inverse, ends, a, b = ctx.saved_tensors
         xs = x.index_select(0, token)                                    # (N*K, C)
-        gate = gates.flatten()[order, None].to(x.dtype)                  # (N*K, 1)
         silu = F.silu(a)                                                 # (N*K, H)
         h = silu * b                                                     # (N*K, H)
 
         dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
         dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H) for gate * h
         # autograd takes it on to the logits; times x_t, it becomes the gradient of the router row
-        dgates = (dgh * h).sum(1, dtype=gates.dtype)[inverse]            # (N, K)
+        dgates = (dgh * h).sum(1, dtype=torch.float32)[inverse]          # (N, K)
         dh = gate * dgh                                                  # (N*K, H)
         da = torch.ops.aten.silu_backward(dh * b, a)                     # (N*K, H)
         db = dh * silu                                                   # (N*K, H)
@@ -268,7 +266,7 @@ class SMoETransformer(nn.Module):
     def init_weights(self) -> None:
         """How each tensor starts, from torch's global random generator:
 
-        embed, head, qkv_proj, w_gate, w_up, router.weight    normal, std 0.02
+        embed, head, qkv_proj, w_gate, w_up, router.weight    normal, std 0.02, as any other matrix
         o_proj, w_down (they write to the residual stream)    normal, std 0.02 / sqrt(2 n_layer)
         centroids      random directions of norm sqrt(C), that of the RMSNorm outputs they average
         norm weights   1 (by nn.RMSNorm)
@@ -403,8 +401,9 @@ def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
 
 
 def load_balance(load: Tensor) -> tuple[Tensor, Tensor]:
-    """load (..., E) tokens per expert -> two numbers (...) of its shares f_i, 0 at perfect balance:
-    the population standard deviation over experts, and the max violation, E * max f_i - 1."""
+    """load (..., E) tokens per expert -> (...), (...), both 0 at perfect balance: the population
+    standard deviation of the shares f_i = load_i / sum of load, and the max violation,
+    E * max f_i - 1."""
     f = load / load.sum(-1, keepdim=True)
     return f.std(-1, correction=0), f.shape[-1] * f.amax(-1) - 1
 
@@ -456,11 +455,17 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- the files of a run
 
+# settings that change nothing but rounding: --resume may change them, analyze.py averages over them
+INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "eval_interval",
+              "log_interval"}
+
+
 def code_sha256(router: str) -> str:
-    """Of the code that makes a run, beside its settings: model.py, routers.py, train.py and, for a
-    router of your own, the script that has it."""
+    """Of the code that makes a run what it is, beside its settings: routers.py, model.py,
+    prepare_data.py, train.py and, for a router of your own, the script that has it."""
     own = getattr(sys.modules[ROUTERS[router].__module__], "__file__", __file__)
-    files = [Path(__file__).with_name(f"{name}.py") for name in ("model", "routers", "train")]
+    files = [Path(__file__).with_name(f"{name}.py")
+             for name in ("routers", "model", "prepare_data", "train")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in [*files, Path(own)])).hexdigest()
 
 
@@ -499,7 +504,9 @@ def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl, without those that cannot be read: a kill may cut one short, and a
     log must never stand in the way of a good checkpoint."""
     records = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+    if not path.is_file():
+        return records
+    for line in path.read_text(errors="replace").splitlines():
         with suppress(ValueError, TypeError, KeyError):
             record = json.loads(line)
             if isinstance(record["step"], int):
@@ -541,6 +548,7 @@ def main(argv: list[str]) -> None:
     if not sys.stdout.isatty():
         return print(args.start, printable(tokenizer, ids[len(start):]), sep=" | ")
     with torch.no_grad(), watch(model.eval()) as seen:
+        # windows that begin anew: beyond block_size tokens not quite what the model saw as it wrote
         for window in idx.split(model.config.block_size, dim=1):
             model(window)
     experts = torch.cat([routing.indices[:, 0] for _, routing in seen[layer]])      # (n)

@@ -163,7 +163,9 @@ def read_single(path, val_fraction):
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it.") from error
     for text in read_text(path):
         if 0 < left <= len(text):
-            cut = text.find("\n", left - 1, -1) + 1 or left  # -1 + 1: there is no line end
+            # behind the next line end, but not behind the last character: val gets some. find()
+            # gives -1 where there is none
+            cut = text.find("\n", left - 1, -1) + 1 or left
             yield "train", text[:cut], False
             yield "val", text[cut:], False
         else:
@@ -225,8 +227,8 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
     name = name or (path.stem if path.is_file() else path.name)
     target, tmp = data_root / name, data_root / f".{name}.tmp"
     if target.name != name or name in DATASETS and name != source:
-        raise ValueError(f"{name!r} is the name of a built-in data set, or of no single folder in "
-                         f"{data_root}/: pass another --name.")
+        raise ValueError(f"{name!r} cannot name a folder in {data_root}/: it is the name of a "
+                         "built-in data set, or no plain name; pass another --name.")
     if os.path.lexists(target):
         raise ValueError(f"{target} is there already; move it away, or pass another --name.")
     data_root.mkdir(parents=True, exist_ok=True)
@@ -295,8 +297,8 @@ class Dataset(NamedTuple):
 
 
 def open_dataset(folder, block_size, vocab_size):
-    """-> Dataset. ValueError unless the files of `folder` are whole, belong together, and fit a
-    model of this block_size and vocab_size."""
+    """-> Dataset. ValueError unless the files of `folder` are there, as long as meta.json says, and
+    fit a model of this block_size and vocab_size."""
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -422,8 +424,9 @@ def main(argv):
             ("name", str, None, "folder in data/; by default named after the data set"),
             ("glob", str, None, "which files of a folder, by name or relative path, e.g. '*.md'"),
             ("max_tokens", int, None, "the most tokens to write, both files together")):
-        parser.add_argument(f"--{flag}", type=kind, default=default,
-                            help=f"{text} (default: {default})", metavar=kind.__name__)
+        text += "" if default is None else f" (default: {default})"
+        parser.add_argument(f"--{flag}", type=kind, default=default, help=text,
+                            metavar=kind.__name__)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as well
     prepare(**vars(parser.parse_args(argv)))
 

@@ -20,7 +20,7 @@ They differ in where the scores come from and in what keeps the load even:
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k.
 Source: "Routers Learn the Geometry of Their Experts", arXiv 2605.12476. What its summaries leave
 open (gates, loss coefficient, step sizes) is this project's choice: see model.Config and
-README.md."""
+docs/results.md."""
 from typing import NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor
 class Routing(NamedTuple):
     indices: Tensor   # (N, K) int64: the experts of each token, best first
     gates: Tensor     # (N, K) float32: their weights; each row sums to 1
-    aux_loss: Tensor  # scalar float32: all that the router adds to the training loss; mostly 0
+    aux_loss: Tensor  # scalar float32: all that the router adds to the training loss, or 0
     logits: Tensor    # (N, E) float32: before softmax or sigmoid; gate() starts from these
     scores: Tensor    # (N, E) float32: after it; the selection compares these, plus any bias
 
@@ -67,7 +67,7 @@ class Router(nn.Module):
             return Routing(indices, gates, aux_loss, logits, scores)
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, C) -> logits (N, E), which gate() starts from, and scores (N, E)."""
+        """x (N, C) -> logits (N, E), scores (N, E)."""
         raise NotImplementedError
 
     def select(self, scores: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def update(self) -> None:
-        """Move bias and centroids by the statistics of the whole step. Called for all layers at
-        once, by update_routers()."""
+        """Move bias and centroids by the statistics of the whole step. Called once a step, by
+        update_routers()."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         return logits.new_zeros(())

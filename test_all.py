@@ -1681,8 +1681,8 @@ RUN = [*TOY, "--block_size=64", "--eval_tokens=64", "--final_eval_tokens=512"]
 METRICS = (
     "load_std max_violation load_cv router_similarity router_similarity_signed common_share "
     "anisotropy coupling_spearman coupling_spearman_silu coupling_spearman_swiglu selected_ratio "
-    "alignment_matched alignment_mismatched alignment_difference token_information token_entropy "
-    "gradient_reach").split()
+    "alignment_matched alignment_mismatched token_information expert_entropy gradient_reach"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -2041,7 +2041,7 @@ def broken(folder, how):
     "nowhere": "it holds no tokenizer that transformers can read .OSError",
     "no tokenizer": "it holds no tokenizer .*no vocabulary",
     "dense": r"it has no mixture of experts .*gate_up_proj \(E, 2H, C\)",
-    "unlike": "its experts are called with 1 argument, not with",
+    "unlike": "its experts are not called with hidden states",
     "truncated": "its model cannot be loaded .SafetensorError",
     "incomplete": "weights are missing, such as model.layers.1.mlp.gate.weight",
     "small": "it needs 2 GB of memory, and 1 GB are free",
@@ -2184,8 +2184,7 @@ def test_a_full_disk_costs_no_numbers(where, analysis, tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure").Figure
     (tmp_path / "metrics.json").write_text("old")
     if where == "numbers":
-        monkeypatch.setattr(os, "getpid", lambda: 7)
-        (tmp_path / "metrics.7.tmp").symlink_to("/dev/full")
+        (tmp_path / "metrics.tmp").symlink_to("/dev/full")
     else:
         full = OSError(28, "No space left on device")
         monkeypatch.setattr(figure, "savefig", mock.Mock(side_effect=full))

@@ -32,8 +32,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from model import (
-    Config, SMoETransformer, code_sha256, coupling_spearman, load_balance, read_checkpoint,
-    read_log, router_similarity, validate)
+    INCIDENTAL, ROUTERS, Config, SMoETransformer, code_sha256, coupling_spearman, load_balance,
+    read_checkpoint, read_log, router_similarity, validate)
 from prepare_data import (
     Parser, cli, eval_batches, get_batch, get_tokenizer, lock, open_dataset, prepare, printable,
     put_aside)
@@ -42,8 +42,9 @@ from routers import update_routers
 
 # ---------------------------------------------------------------- settings
 
+LEARNED = ("aux", "lossfree", "none")
 READ_BY = {  # which of the built-in routers read a setting; one of your own may read any
-    "score_fn": ("aux", "lossfree", "none"), "z_loss_coef": ("aux", "lossfree", "none"),
+    "score_fn": LEARNED, "z_loss_coef": LEARNED,
     "aux_loss_coef": ("aux",), "bias_update_rate": ("lossfree", "kmeans"),
     "ema_decay": ("kmeans",), "gate_temperature": ("kmeans",)}
 
@@ -59,7 +60,7 @@ class TrainConfig(Config):
     max_iters: int = 1200                 # optimizer steps
     eval_interval: int = 200              # steps from one evaluation and checkpoint to the next
     eval_tokens: int = 16384              # validation tokens in an evaluation, always the same ones
-    final_eval_tokens: int = 524288       # in the last one; stdlib has fewer, 420k, so all of them
+    final_eval_tokens: int = 524288       # in the last evaluation; stdlib has 420k: all of them
     log_interval: int = 10                # steps from one line of the log to the next
     learning_rate: float = 1e-3           # after the warm-up; a cosine takes it down to a tenth
     warmup_iters: int = 100               # steps of linear warm-up
@@ -91,8 +92,7 @@ class TrainConfig(Config):
         self.check(not (self.resume and self.overwrite), "overwrite", "left out with --resume")
         # kmeans with --z_loss_coef=0.01 would pass for a result about the z-loss
         for name, routers in READ_BY.items():
-            default = getattr(Config, name)
-            own = self.router not in ("aux", "lossfree", "kmeans", "none")
+            default, own = getattr(Config, name), ROUTERS[self.router].__module__ != "routers"
             self.check(self.router in routers or own or getattr(self, name) == default, name,
                        f"{default} under {self.router}, which does not read it")
         self.out_dir = os.path.expanduser(self.out_dir or f"out/{self.router}")
@@ -110,11 +110,6 @@ PRESETS = {
         max_iters=100_000, eval_interval=1000, eval_tokens=2**20, final_eval_tokens=2**22,
         learning_rate=4e-4, warmup_iters=2000, compile=True),
 }
-
-# settings without effect on training, which --resume may change, as it may max_iters
-INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "eval_interval",
-              "log_interval"}
-
 
 def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
     """Flags -> settings and, with --resume, the checkpoint to go on from. Flags override the
@@ -151,9 +146,9 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
 
 
 def check_resume(checkpoint: dict, c: TrainConfig) -> None:
-    """A run keeps its settings, or it would be another one. What may change and makes a difference,
-    max_iters, which stretches the cosine of the learning rate, and the code, goes into the
-    checkpoint's history as [step of the change, what it was]. Raises ValueError."""
+    """A run keeps its settings, or it would be another one. Two changes that make a difference are
+    allowed: of max_iters (it stretches the cosine of the learning rate) and of the code. Each goes
+    into the checkpoint's history as [step of the change, the old value]. Raises ValueError."""
     old, step = checkpoint["config"], checkpoint["step"]
     for name in sorted(old.keys() - INCIDENTAL - {"max_iters"}):
         if old[name] != getattr(c, name):
@@ -167,7 +162,8 @@ def check_resume(checkpoint: dict, c: TrainConfig) -> None:
         checkpoint["history"].append([step, old["max_iters"]])
     if checkpoint["code_sha256"] != code_sha256(c.router):
         checkpoint["history"].append([step, checkpoint["code_sha256"]])
-        print(f"{c.out_dir} goes on with other code than it began with.", file=sys.stderr)
+        print(f"{c.out_dir} goes on with other code than its checkpoint was saved by.",
+              file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the machine
@@ -217,8 +213,8 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def keep_freed_memory() -> None:
-    """glibc: keep freed memory instead of handing it to the kernel at each step, to get it back
-    zeroed, page by page."""
+    """glibc: keep freed memory; else each step hands it to the kernel and gets it back zeroed, page
+    by page."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD and
@@ -226,8 +222,8 @@ def keep_freed_memory() -> None:
 
 
 def compiled(model: torch.nn.Module):
-    """torch.compile, which would trace the backward pass under autocast too, and so compute the
-    router's gradient in bfloat16. Without the compiler it is float32; this setting makes it so."""
+    """torch.compile, with the backward pass outside autocast, as it is without the compiler; else
+    the router's gradient would be bfloat16 and not float32."""
     torch._functorch.config.backward_pass_autocast = "off"
     return torch.compile(model)
 
@@ -238,7 +234,7 @@ def make_optimizer(model: SMoETransformer, c: TrainConfig) -> torch.optim.AdamW:
     """AdamW in one fused kernel, on the CPU too; weight decay on matrices alone."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": c.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
 
 
@@ -346,7 +342,8 @@ def write_log(path: Path, records: list[dict], anew: bool) -> None:
     try:
         with open(target, "w" if anew else "a") as log:
             log.writelines(json.dumps(record) + "\n" for record in records)
-        os.replace(target, path)  # no effect when appending
+        if anew:
+            os.replace(target, path)
     except OSError as error:  # that of a full disk does not name the file
         raise OSError(f"{path} could not be written ({error.strerror}).") from error
 
@@ -387,7 +384,7 @@ def check_finite(record: dict, model, checkpoint_path: Path) -> None:
 
 # ---------------------------------------------------------------- speed
 
-PEAK_BF16 = {  # dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name
+PEAK_BF16 = {  # dense bf16 FLOP/s from the data sheets; the first that is part of the device's name
     "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
     "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12,
     "5090": 210e12, "MI300X": 1307e12,
@@ -396,9 +393,9 @@ PEAK_BF16 = {  # dense bf16 FLOP/s from the vendors' data sheets, by a part of t
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The data-sheet bf16 FLOP/s of the device; None where there is no entry, or in float32."""
-    if dtype != torch.bfloat16:
+    if dtype != torch.bfloat16 or device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
 
 
@@ -450,18 +447,20 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
 
 def stop_requests(world_size: int) -> tuple[list, dict]:
     """Handles SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) -> (list of the signals that
-    have come: one means stop after this step, {signal: its handler before}). Of one process a
-    second Ctrl-C ends it at once; not under torchrun, which passes each signal on once more."""
+    have come: one means stop after this step, {signal: its handler before}). Without torchrun a
+    second Ctrl-C ends the process at once; torchrun passes each signal on once more."""
     signals, numbers = [], [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         numbers.append(signal.SIGHUP)
 
     def request_stop(number, frame):
         signals.append(number)
+        words = b"\nstopping after this step\n"
         if world_size == 1:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            words = b"\nstopping after this step; a second Ctrl-C stops without saving\n"
         with suppress(OSError):  # print is not safe here, and the terminal may be gone
-            os.write(2, b"\nstopping after this step; a second Ctrl-C stops without saving\n")
+            os.write(2, words)
 
     return signals, {number: signal.signal(number, request_stop) for number in numbers}
 
@@ -509,7 +508,7 @@ def main(argv: list[str]) -> None:
     device, dtype, autocast, rank, world_size = machine
     master, out_dir = rank == 0, Path(c.out_dir)
     log_path, checkpoint_path = out_dir / "log.jsonl", out_dir / "ckpt.pt"
-    claimed = claim(out_dir, c) if master else None  # while this file is open
+    claimed = claim(out_dir, c) if master else None  # the lock holds while this file is open
     data = open_data(c, machine)
     torch.manual_seed(c.seed)  # the same weights on every rank
     raw_model = SMoETransformer(c).to(device)
@@ -521,8 +520,8 @@ def main(argv: list[str]) -> None:
     model = compiled(raw_model) if c.compile else raw_model
     if world_size > 1:
         # broadcast_buffers=False: update_routers sums the statistics that the ranks have counted.
-        # bucket_cap_mb: the compiler cuts its graph where a bucket ends; 200 hold a layer of 1b
-        model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=200)
+        # bucket_cap_mb: the compiler cuts its graph where a bucket ends; 220 hold a layer of 1b
+        model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=220)
 
     micro_steps = c.gradient_accumulation_steps // world_size
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
