@@ -716,7 +716,8 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
 def test_a_closed_terminal_is_a_request_to_stop_and_save(workdir):
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *TOY, "--out_dir=out/a", "--max_iters=100000",
-         "--eval_interval=100000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+         "--eval_interval=100000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # nohup ignores it
     deadline = time.time() + 60
     while not Path("out/a/log.jsonl").exists() and time.time() < deadline:
         time.sleep(0.1)
