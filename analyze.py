@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, code_sha256, expert_activations, expert_colors, load_balance, load_checkpoint,
+    INCIDENTAL, expert_activations, expert_colors, load_balance, load_checkpoint,
     read_log, router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable,
@@ -96,12 +96,6 @@ def observe_run(folder: Path, name: str, n_tokens: int, device: str, known=()) -
     if settings["data_sha256"] != train_sha256:
         notes.append(f"data/{settings['dataset']} is not the data that {folder} was trained on: it "
                      "may have seen some of the validation tokens in training.")
-    if settings["code_sha256"] != code_sha256(c.router):
-        notes.append(f"{folder} was trained by other code than it is measured by (routers.py, "
-                     "model.py, prepare_data.py, train.py or your router's): where they compute "
-                     "other things, its numbers are of neither. Measure it with its own code, and "
-                     "join the two metrics.json.")
-
     def batches(n):  # n validation tokens, spaced as train.py spaces them, about 1,024 at a time
         return tqdm(list(eval_batches(data, n, block_size=c.block_size, device=device,
                                       batch_size=max(1, 1024 // c.block_size))),
@@ -113,6 +107,8 @@ def observe_run(folder: Path, name: str, n_tokens: int, device: str, known=()) -
             loss, n, load = validate(model, batches(settings["final_eval_tokens"]))
         evaluation = {"val_loss": loss / n, "tokens": n, "load": load}
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
+    if len(tokens) < n_tokens:
+        notes.append(f"{name} saw {len(tokens)} tokens, not {n_tokens}: its val.bin is too short.")
     gradients = logit_gradients(model, *next(iter(batches(1024))))  # on one batch
     # what group_key reads of a run's metrics
     this = {"seed": settings["seed"], "settings": settings, "step": step, "tokens": len(tokens)}
@@ -637,15 +633,18 @@ def group_key(name: str, run: dict) -> tuple[str, str]:
 
 
 def group_runs(runs: dict[str, dict]) -> list[Group]:
-    """The groups, in the order of their first runs. The label is NAME for several seeds; for one
-    run, or where two groups have that NAME, it is the name of the first run."""
+    """The groups, in the order of their first runs. The label of one run is its name, that of
+    several NAME or, where two groups have that NAME, like NAME-1 to 3."""
     found = {}
     for name, run in runs.items():
         found.setdefault(group_key(name, run), []).append(name)
     labels = [name.removesuffix("-") for name, _ in found]
     groups, styles, others = [], dict(ROUTER_STYLES), cycle(OTHER_STYLES)
     for label, members in zip(labels, found.values()):
-        label = label if len(members) > 1 and labels.count(label) == 1 else members[0]
+        if len(members) == 1:
+            label = members[0]
+        elif labels.count(label) > 1:
+            label = f"{members[0]} to {runs[members[-1]]['seed']}"
         # the first group of a router has the fixed style
         color, line, marker = styles.pop(runs[members[0]]["router"], None) or next(others)
         groups.append(Group(label, [runs[name] for name in members], dict(
@@ -1032,15 +1031,16 @@ def read_metrics(path: Path) -> dict[str, dict]:
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None
 
 
-def write_metrics(path: Path, runs: dict) -> None:
-    """metrics.json; an earlier one, with its figures, is put aside."""
+def write_metrics(path: Path, runs: dict, first: bool) -> None:
+    """metrics.json; the first time, an earlier one is put aside with its figures."""
     temporary = path.with_suffix(".tmp")
     try:
         temporary.write_text(json.dumps(runs) + "\n")
     except OSError as error:  # that of a full disk does not name the file
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written ({error.strerror}).") from error
-    put_aside(path.parent, [path.name, *FIGURES])
+    if first:
+        put_aside(path.parent, [path.name, *FIGURES])
     os.replace(temporary, path)
 
 
@@ -1049,14 +1049,15 @@ def main(argv: list[str]) -> None:
     sources = [Path(run).expanduser() for run in args.run]
     models = [Path(name).expanduser() for name in args.hf]
     if not (sources or models):
-        # glob too, as rglob does not follow links; inside a run lies what --overwrite put aside
+        # glob too, as rglob does not follow links; in old-N lies what --overwrite put aside
         found = {*Path("out").rglob("ckpt.pt"), *Path("out").glob("*/ckpt.pt")}
         sources = sorted(path.parent for path in found
-                         if not (path.parent.parent / "log.jsonl").exists())
+                         if not re.fullmatch(r"old-\d+", path.parent.name))
     if not (sources or models):
         raise ValueError("there is no run under out/; train one with python train.py.")
     out_dir = make_out_dir(args.out_dir)
     locked = lock(out_dir)  # the lock holds while this file is open
+    path, first = out_dir / "metrics.json", True
     for source in {path.resolve(): path for path in (*sources, *models)}.values():  # each once
         notes = []
         try:
@@ -1073,17 +1074,18 @@ def main(argv: list[str]) -> None:
                 runs[name], notes = measure(run), run.notes
         except (ValueError, OSError, RuntimeError, MemoryError) as error:  # also: out of memory
             notes = [f"{source} is left out: {' '.join(str(error).split())}"]  # on one line
-        except KeyboardInterrupt:  # what was measured is not lost
+        except KeyboardInterrupt:
             print(f"interrupted at {source}: only what was measured before follows.",
                   file=sys.stderr)
             break
         for note in notes:
             print(note, file=sys.stderr)
+        if runs:  # after each run, as the next one may take an hour, or all the memory
+            write_metrics(path, runs, first)
+            first = False
     if not runs:
         raise ValueError("no run is left to analyze.")
 
-    path = out_dir / "metrics.json"
-    write_metrics(path, runs)
     groups = group_runs(runs)
     print(markdown_table([(name, [run]) for name, run in runs.items()]), differing_settings(groups),
           sep="\n\n")

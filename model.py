@@ -462,11 +462,16 @@ INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "e
 
 def code_sha256(router: str) -> str:
     """Of the code that makes a run what it is, beside its settings: routers.py, model.py,
-    prepare_data.py, train.py and, for a router of your own, the script that has it."""
-    own = getattr(sys.modules[ROUTERS[router].__module__], "__file__", __file__)
-    files = [Path(__file__).with_name(f"{name}.py")
-             for name in ("routers", "model", "prepare_data", "train")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in [*files, Path(own)])).hexdigest()
+    prepare_data.py, train.py and the scripts of your own that have the router or start the run."""
+    here, script = Path(__file__).resolve(), Path(sys.argv[0]).resolve()
+    names = ("routers.py", "model.py", "prepare_data.py", "train.py")
+    own = getattr(sys.modules[ROUTERS[router].__module__], "__file__", here)
+    files = {here.with_name(name) for name in names} | {Path(own).resolve()}
+    if script.suffix == ".py" and script.is_file() and script.name != "analyze.py" and (
+            "site-packages" not in script.parts):  # not pytest or Jupyter
+        files.add(script)
+    contents = [file.read_bytes() for file in sorted(files, key=lambda file: file.name)]
+    return hashlib.sha256(b"".join(contents)).hexdigest()
 
 
 def read_checkpoint(path) -> dict:
@@ -488,7 +493,8 @@ def read_checkpoint(path) -> dict:
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
-    """-> (the trained model, on the CPU; the checkpoint). Raises ValueError as read_checkpoint."""
+    """-> (the trained model, on the CPU; the checkpoint). Says so on stderr if other code than
+    today's has trained it. Raises ValueError as read_checkpoint."""
     checkpoint, names = read_checkpoint(path), {field.name for field in fields(Config)}
     try:
         config = Config(**{k: v for k, v in checkpoint["config"].items() if k in names})
@@ -497,6 +503,11 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} does not hold a model of this project "
                          f"({textwrap.shorten(str(error), 200)}).") from None
+    if checkpoint["code_sha256"] != code_sha256(config.router):
+        print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
+              "prepare_data.py, train.py or a script of yours): where they compute other things, "
+              "what follows is of neither. Measure each run with its own code, and join the "
+              "metrics.json.", file=sys.stderr)
     return model, checkpoint
 
 

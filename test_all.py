@@ -1563,21 +1563,21 @@ def test_a_copied_run_and_one_called_otherwise_are_not_averaged_with_the_seeds_o
     runs = {"aux-1": a_run(), "edited-3": a_run(seed=3), "aux": a_run(), "aux-2": a_run(seed=2)}
     assert [(group.label, [run["seed"] for run in group.runs])
             for group in analyze.group_runs(runs)] == [
-                ("aux-1", [1, 2]), ("edited-3", [3]), ("aux", [1])]
+                ("aux-1 to 2", [1, 2]), ("edited-3", [3]), ("aux", [1])]
 
 
 def test_edited_code_is_another_experiment_and_a_run_of_it_is_not_measured_without_a_word(
         workdir, monkeypatch, capsys):
     run_train("--out_dir=out/a-1", "--max_iters=3")
-    for module in (train, analyze):  # as if one of the files had been edited
-        monkeypatch.setattr(module, "code_sha256", lambda router: "edited")
+    edited = mock.Mock(side_effect=["edited", "edited", "edited", "edited while it runs"])
+    monkeypatch.setattr(train, "code_sha256", edited)
     train.main(["--out_dir=out/a-1", "--resume", "--max_iters=4"])
     assert "goes on with other code" in capsys.readouterr().err
     run_train("--out_dir=out/a-3", "--seed=3", "--max_iters=4")
-    monkeypatch.setattr(analyze, "code_sha256", lambda router: "edited again")
+    assert read_checkpoint("out/a-3/ckpt.pt")["code_sha256"] == "edited"
     analyze.main(["out/a-1", "out/a-3", "--tokens=64"])
     printed = capsys.readouterr()
-    assert printed.err.count("was trained by other code than it is measured by") == 2
+    assert printed.err.count("was trained by other code than it is read by") == 2
     assert "history" in printed.out and "over seeds" not in printed.out
 
 
@@ -2203,17 +2203,21 @@ def test_two_analyses_do_not_write_to_one_folder_at_once(workplace, tmp_path):
     held.close()
 
 
-def test_ctrl_c_in_an_analysis_loses_no_run_that_was_measured(workplace, tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])  # SystemExit: as if killed
+def test_the_end_of_an_analysis_loses_no_run_that_was_measured(
+        end, workplace, tmp_path, monkeypatch):
     observe, seen = analyze.observe_run, []
 
     def interrupted(*args):
         if seen:
-            raise KeyboardInterrupt
+            raise end
         seen.append(1)
         return observe(*args)
     monkeypatch.setattr(analyze, "observe_run", interrupted)
-    analyze_in(workplace, "out/aux-1", "out/aux-2", "--tokens=64", f"--out_dir={tmp_path}")
+    with contextlib.suppress(SystemExit):
+        analyze_in(workplace, "out/aux-1", "out/aux-2", "--tokens=64", f"--out_dir={tmp_path}")
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
+    assert not (tmp_path / "old-1").exists()
 
 
 # ---------------------------------------------------------------- the README

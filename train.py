@@ -349,16 +349,17 @@ def write_log(path: Path, records: list[dict], anew: bool) -> None:
 
 
 def save_checkpoint(path: Path, model, optimizer, step: int, evaluation: dict | None, data,
-                    machine: Machine, history: list, c: TrainConfig) -> None:
+                    machine: Machine, history: list, code: str, c: TrainConfig) -> None:
     """Writes beside `path`, then renames: kill it when you like, what lies at `path` is whole.
-    `evaluation`: the last one of a run that has done all its steps."""
+    `evaluation`: the last one of a run that has done all its steps; `code`: code_sha256 as it was
+    at the start, as the files may be edited while the run goes on."""
     config = asdict(c) | {"dtype": str(machine.dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
     state = dict(
         model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, config=config,
         evaluation=evaluation, rng=torch.get_rng_state(), history=history,
         data_sha256=data.meta["sha256"]["train.bin"], val_sha256=data.meta["sha256"]["val.bin"],
-        tokenizer=data.meta["tokenizer"]["name"], code_sha256=code_sha256(c.router))
+        tokenizer=data.meta["tokenizer"]["name"], code_sha256=code)
     temporary = path.with_suffix(".tmp")
     try:
         torch.save(state, temporary)
@@ -504,7 +505,7 @@ def main(argv: list[str]) -> None:
     c, checkpoint = parse_args(argv)
     if c.bench:
         return bench(c)
-    machine = set_up(c)
+    machine, code = set_up(c), code_sha256(c.router)
     device, dtype, autocast, rank, world_size = machine
     master, out_dir = rank == 0, Path(c.out_dir)
     log_path, checkpoint_path = out_dir / "log.jsonl", out_dir / "ckpt.pt"
@@ -528,8 +529,9 @@ def main(argv: list[str]) -> None:
     peak, flops_per_token = peak_flops(device, dtype), raw_model.flops_per_token()
     if master:
         counts = [f"{n / 1e6:.1f}M" for n in raw_model.num_params()]
-        print(f"{c.router} on {c.dataset}: {counts[0]} parameters, {counts[1]} active a token, "
-              f"{world_size} x {device} in {dtype}, step {step} to {c.max_iters}")
+        print(f"{c.router}: {counts[0]} parameters, {counts[1]} active a token, {world_size} x "
+              f"{device} in {dtype}; {c.dataset}: {len(data.train):,} tokens, steps {step} to "
+              f"{c.max_iters} read {(c.max_iters - step) * tokens:,}")
     metrics = {}
     if checkpoint:  # the log forgets what came after the checkpoint
         records = [record for record in read_log(log_path) if record["step"] <= step]
@@ -539,7 +541,7 @@ def main(argv: list[str]) -> None:
         records = [{"step": 0} | nothing | metrics | {"val_tokens": evaluation["tokens"]}]
     if master:
         if c.overwrite:  # only now, when the start can no longer fail
-            put_aside(out_dir, ["ckpt*.pt", "log.jsonl"])
+            put_aside(out_dir, ["ckpt*.pt", "log.jsonl", "metrics.json", "*.png"])
         write_log(log_path, records, anew=True)
     (signals, handlers), stop = stop_requests(world_size), False
     start, start_step = time.perf_counter(), step
@@ -584,7 +586,7 @@ def main(argv: list[str]) -> None:
             write_log(log_path, [record], anew=False)
             if evaluating or stop:
                 save_checkpoint(checkpoint_path, raw_model, optimizer, step,
-                                evaluation if last else None, data, machine, history, c)
+                                evaluation if last else None, data, machine, history, code, c)
             if evaluating:
                 tqdm.write(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
         start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
