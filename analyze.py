@@ -1058,7 +1058,9 @@ def main(argv: list[str]) -> None:
     out_dir = make_out_dir(args.out_dir)
     locked = lock(out_dir)  # the lock holds while this file is open
     path, first = out_dir / "metrics.json", True
-    for source in {path.resolve(): path for path in (*sources, *models)}.values():  # each once
+    each_once = {source.resolve(): source for source in (*sources, *models)}.values()
+    # a metrics.json is read before it may be put aside
+    for source in sorted(each_once, key=lambda source: source.suffix != ".json"):
         notes = []
         try:
             if source.suffix == ".json":
@@ -1080,11 +1082,13 @@ def main(argv: list[str]) -> None:
             break
         for note in notes:
             print(note, file=sys.stderr)
-        if runs:  # after each run, as the next one may take an hour, or all the memory
+        if runs and source.suffix != ".json":  # the next one may take an hour, or all the memory
             write_metrics(path, runs, first)
             first = False
     if not runs:
         raise ValueError("no run is left to analyze.")
+    if first:
+        write_metrics(path, runs, first)
 
     groups = group_runs(runs)
     print(markdown_table([(name, [run]) for name, run in runs.items()]), differing_settings(groups),

@@ -1801,7 +1801,7 @@ def test_broken_runs_get_a_sentence_each_and_the_others_are_done(workplace, tmp_
         f"--out_dir={tmp_path}", cwd=workplace)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     for line, sentence in zip(done.stderr.splitlines(), (
-            "damaged", "router must be one of", "not finite", "not a metrics.json",
+            "not a metrics.json", "damaged", "router must be one of", "not finite",
             "cannot be read"), strict=True):
         assert "is left out: " in line and sentence in line
         assert "--" not in line  # no advice to pass a flag, as analyze.py has none for this
@@ -2218,6 +2218,16 @@ def test_the_end_of_an_analysis_loses_no_run_that_was_measured(
         analyze_in(workplace, "out/aux-1", "out/aux-2", "--tokens=64", f"--out_dir={tmp_path}")
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
     assert not (tmp_path / "old-1").exists()
+
+
+def test_a_run_is_added_to_the_metrics_json_of_earlier_ones(workplace, analysis, tmp_path):
+    one = json.dumps({"earlier": analysis[2]["aux-1"]})
+    (tmp_path / "metrics.json").write_text(one)
+    (tmp_path / "more.json").write_text(one.replace("earlier", "another"))
+    analyze_in(workplace, "out/aux-2", tmp_path / "more.json", tmp_path / "metrics.json",
+               "--tokens=64", f"--out_dir={tmp_path}")
+    assert list(json.loads((tmp_path / "metrics.json").read_text())) == [
+        "another", "earlier", "aux-2"]
 
 
 # ---------------------------------------------------------------- the README
