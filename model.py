@@ -13,6 +13,7 @@ RMSNorm on each head of q and k, no biases, no dropout, an untied head. No exper
 above which it drops tokens, as in some mixtures: every token reaches its K experts."""
 import colorsys
 import hashlib
+import inspect
 import json
 import sys
 import textwrap
@@ -460,18 +461,25 @@ INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "e
               "log_interval"}
 
 
+FILES = [Path(__file__).resolve().with_name(f"{name}.py")
+         for name in ("routers", "model", "prepare_data", "train")]
+CODE = b"".join(file.read_bytes() for file in FILES)  # as imported: a file may be edited later
+
+
 def code_sha256(router: str) -> str:
-    """Of the code that makes a run what it is, beside its settings: routers.py, model.py,
-    prepare_data.py, train.py and the scripts of your own that have the router or start the run."""
-    here, script = Path(__file__).resolve(), Path(sys.argv[0]).resolve()
-    names = ("routers.py", "model.py", "prepare_data.py", "train.py")
-    own = getattr(sys.modules[ROUTERS[router].__module__], "__file__", here)
-    files = {here.with_name(name) for name in names} | {Path(own).resolve()}
-    if script.suffix == ".py" and script.is_file() and script.name != "analyze.py" and (
-            "site-packages" not in script.parts):  # not pytest or Jupyter
-        files.add(script)
-    contents = [file.read_bytes() for file in sorted(files, key=lambda file: file.name)]
-    return hashlib.sha256(b"".join(contents)).hexdigest()
+    """Of the code that makes a run what it is, beside its settings: CODE and what you wrote, the
+    script that starts the run and those that have the router and the classes it derives from."""
+    sources, script = {CODE}, Path(sys.argv[0]).resolve()
+    if script.suffix == ".py" and script.is_file() and "site-packages" not in script.parts and (
+            script not in [*FILES, FILES[0].with_name("analyze.py")]):
+        sources.add(script.read_bytes())
+    for cls in ROUTERS[router].__mro__:
+        if cls.__module__ not in ("routers", "builtins", nn.Module.__module__):
+            file = Path(getattr(sys.modules[cls.__module__], "__file__", ""))
+            with suppress(OSError, TypeError):  # a notebook keeps its cells, a shell nothing
+                sources.add(file.read_bytes() if file.is_file() else
+                            inspect.getsource(cls).encode())
+    return hashlib.sha256(b"".join(sorted(sources))).hexdigest()
 
 
 def read_checkpoint(path) -> dict:
