@@ -41,6 +41,8 @@ from prepare_data import (
     put_aside)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
+# tells metrics.json apart that were measured by other formulas
+MEASURED_BY = {"analyze_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
 
 
 # ---------------------------------------------------------------- observe: a run -> its layers
@@ -87,7 +89,7 @@ def observe_run(folder: Path, name: str, n_tokens: int, device: str, known=()) -
     settings = checkpoint["config"] | {
         "data_sha256": checkpoint["data_sha256"], "code_sha256": checkpoint["code_sha256"],
         "val_sha256": checkpoint["val_sha256"] if evaluation else val_sha256,
-        "history": str(checkpoint["history"])}  # what a --resume has changed on the way
+        "history": str(checkpoint["history"])} | MEASURED_BY  # history: what a --resume has changed
     log = [record for record in read_log(folder / "log.jsonl")
            if "val_loss" in record and record["step"] <= step]
     notes = []
@@ -378,7 +380,7 @@ def observe_hf(folder: Path, name: str, text: str | None, n_tokens: int, device:
         "router": c.model_type, "seed": None, "checkpoint": str(folder),
         "dtype": str(model.dtype).removeprefix("torch."), "n_layer": c.num_hidden_layers,
         "n_embd": C, "n_expert": E, "top_k": K, "d_expert": H, "block_size": T,
-        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
+        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()} | MEASURED_BY
     notes = [] if len(tokens) >= n_tokens else [
         f"{name} saw {len(tokens)} tokens, not {n_tokens}: the text is too short."]
 
