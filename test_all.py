@@ -91,13 +91,10 @@ def toy(tmp_path_factory):
 
 @pytest.fixture
 def workdir(toy, tmp_path, monkeypatch):
-    """An empty working directory that sees data/toy; the signal handlers come back afterwards."""
+    """An empty working directory that sees data/toy."""
     (tmp_path / "data").symlink_to(toy / "data")
     monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return tmp_path
 
 
 def run_train(*flags):
@@ -793,8 +790,10 @@ def test_what_is_not_finite_stops_the_run_and_never_replaces_a_good_checkpoint(
         os.kill(os.getpid(), signal.SIGTERM)
         return torch.tensor([loss, 0.0])
     monkeypatch.setattr(train, "train_step", explode)
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit, match="not finite at step 4; .* is out/a/ckpt.pt"):
         train.main(["--out_dir=out/a", "--resume", "--max_iters=6"])
+    assert signal.getsignal(signal.SIGINT) is before  # a notebook can be interrupted again
     assert read_checkpoint("out/a/ckpt.pt")["step"] == 3
 
 
@@ -1691,14 +1690,11 @@ def workplace(toy, tmp_path_factory):
     """A folder with data/toy, and under out/ runs of three routers, one with two seeds."""
     folder = tmp_path_factory.mktemp("workplace")
     (folder / "data").symlink_to(toy / "data")
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     with inside(folder):
         for name in ("aux-1", "aux-2", "lossfree-1", "kmeans-1"):
             router, seed = name.split("-")
             train.main([*RUN, f"--router={router}", f"--seed={seed}", f"--out_dir=out/{name}"])
         change_checkpoint(folder / "out/aux-1", folder / "out/aux-1/old-1")  # is not found
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     return folder
 
 

@@ -21,7 +21,7 @@ import signal
 import statistics
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -446,10 +446,11 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
 
 # ---------------------------------------------------------------- a run
 
-def stop_requests(world_size: int) -> tuple[list, dict]:
-    """Handles SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) -> (list of the signals that
-    have come: one means stop after this step, {signal: its handler before}). Without torchrun a
-    second Ctrl-C ends the process at once; torchrun passes each signal on once more."""
+@contextmanager
+def stop_requests(world_size: int):
+    """Yields a list to which SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) are appended
+    as they come: one means stop after this step. Without torchrun a second Ctrl-C ends the process
+    at once; torchrun passes each signal on once more."""
     signals, numbers = [], [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         numbers.append(signal.SIGHUP)
@@ -463,7 +464,13 @@ def stop_requests(world_size: int) -> tuple[list, dict]:
         with suppress(OSError):  # print is not safe here, and the terminal may be gone
             os.write(2, words)
 
-    return signals, {number: signal.signal(number, request_stop) for number in numbers}
+    before = {number: signal.signal(number, request_stop) for number in numbers}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 
 
 def finish(model, data, step: int, metrics: dict, machine: Machine, c: TrainConfig) -> None:
@@ -543,55 +550,54 @@ def main(argv: list[str]) -> None:
         if c.overwrite:  # only now, when the start can no longer fail
             put_aside(out_dir, ["ckpt*.pt", "log.jsonl", "metrics.json", "*.png"])
         write_log(log_path, records, anew=True)
-    (signals, handlers), stop = stop_requests(world_size), False
     start, start_step = time.perf_counter(), step
     bar = tqdm(total=c.max_iters, initial=step, unit="step", disable=None if master else True)
-    while step < c.max_iters and not stop:
-        # batch: a pure function of seed, step, micro-step and rank
-        step += 1
-        batches = [get_batch(data, "train", seed=c.seed, step=step, micro_step=i, rank=rank,
-                             world_size=world_size, device=device, batch_size=c.batch_size,
-                             block_size=c.block_size) for i in range(micro_steps)]
+    stop = False
+    with stop_requests(world_size) as signals:
+        while step < c.max_iters and not stop:
+            # batch: a pure function of seed, step, micro-step and rank
+            step += 1
+            batches = [get_batch(data, "train", seed=c.seed, step=step, micro_step=i, rank=rank,
+                                 world_size=world_size, device=device, batch_size=c.batch_size,
+                                 block_size=c.block_size) for i in range(micro_steps)]
 
-        # learn: forward, backward, optimizer, routers
-        lr = learning_rate(step, c)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        losses = train_step(model, raw_model.routers(), optimizer, batches, autocast, c)
-        bar.update()
+            # learn: forward, backward, optimizer, routers
+            lr = learning_rate(step, c)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            losses = train_step(model, raw_model.routers(), optimizer, batches, autocast, c)
+            bar.update()
 
-        # was any process asked to stop? (A tensor on the CPU: this does not wait for the GPU.)
-        stop = bool(total(torch.tensor(len(signals))))
+            # was any process asked to stop? (A tensor on the CPU: this does not wait for the GPU.)
+            stop = bool(total(torch.tensor(len(signals))))
 
-        # measure, once in a while
-        last, evaluation = step == c.max_iters, None
-        evaluating = last or step % c.eval_interval == 0
-        if not (stop or evaluating or step % c.log_interval == 0):
-            continue
-        train_loss, aux_loss = (total(losses) / world_size).tolist()  # waits for the device
-        speed = (step - start_step) * tokens / (time.perf_counter() - start)
-        record = {"step": step, "train_loss": train_loss, "aux_loss": aux_loss,
-                  "lr": lr, "tokens_per_s": speed,
-                  "mfu": speed * flops_per_token / (peak * world_size) if peak else None}
-        bar.set_postfix(loss=f"{train_loss:.3f}")
-        if evaluating:
-            # the model that is not compiled: evaluation is rare, and need not compile again
-            n_tokens = c.final_eval_tokens if last else c.eval_tokens
-            metrics, evaluation = evaluate(raw_model, data, n_tokens, machine, c)
-            record |= metrics | {"val_tokens": evaluation["tokens"]}
-        check_finite(record, raw_model, checkpoint_path)
-
-        # save: the log at each measurement, a checkpoint at each evaluation
-        if master:
-            write_log(log_path, [record], anew=False)
-            if evaluating or stop:
-                save_checkpoint(checkpoint_path, raw_model, optimizer, step,
-                                evaluation if last else None, data, machine, history, code, c)
+            # measure, once in a while
+            last, evaluation = step == c.max_iters, None
+            evaluating = last or step % c.eval_interval == 0
+            if not (stop or evaluating or step % c.log_interval == 0):
+                continue
+            train_loss, aux_loss = (total(losses) / world_size).tolist()  # waits for the device
+            speed = (step - start_step) * tokens / (time.perf_counter() - start)
+            record = {"step": step, "train_loss": train_loss, "aux_loss": aux_loss,
+                      "lr": lr, "tokens_per_s": speed,
+                      "mfu": speed * flops_per_token / (peak * world_size) if peak else None}
+            bar.set_postfix(loss=f"{train_loss:.3f}")
             if evaluating:
-                tqdm.write(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
-        start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+                # the model that is not compiled: evaluation is rare, and need not compile again
+                n_tokens = c.final_eval_tokens if last else c.eval_tokens
+                metrics, evaluation = evaluate(raw_model, data, n_tokens, machine, c)
+                record |= metrics | {"val_tokens": evaluation["tokens"]}
+            check_finite(record, raw_model, checkpoint_path)
+
+            # save: the log at each measurement, a checkpoint at each evaluation
+            if master:
+                write_log(log_path, [record], anew=False)
+                if evaluating or stop:
+                    save_checkpoint(checkpoint_path, raw_model, optimizer, step,
+                                    evaluation if last else None, data, machine, history, code, c)
+                if evaluating:
+                    tqdm.write(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+            start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
     bar.close()
     if master:
         finish(raw_model, data, step, metrics, machine, c)
