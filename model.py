@@ -463,7 +463,8 @@ INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "e
 
 FILES = [Path(__file__).resolve().with_name(f"{name}.py")
          for name in ("routers", "model", "prepare_data", "train")]
-CODE = b"".join(file.read_bytes() for file in FILES)  # as imported: a file may be edited later
+# as imported, as a file may be edited later; model.py and routers.py do without the others
+CODE = b"".join(file.read_bytes() for file in FILES if file.exists())
 
 
 def code_sha256(router: str) -> str:

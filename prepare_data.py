@@ -114,14 +114,15 @@ def find_files(root, glob, skip=()):
     found, seen = [], set()
     for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
         subfolders[:] = [s for s in subfolders if s not in skip and not s.startswith(".")]
-        if os.path.realpath(folder) in seen:  # links may go round
+        real = os.path.realpath(folder)
+        if real in seen:  # links may go round
             subfolders.clear()
         elif not {"train.bin", "val.bin", "meta.json"} <= set(names):
             found += [Path(folder, name) for name in names if not name.startswith(".")]
-        seen.add(os.path.realpath(folder))
-    glob = glob.replace("**/", "*")  # the * of fnmatch goes on over any /
+        seen.add(real)
+    pattern = glob.replace("**/", "*")  # the * of fnmatch goes on over any /
     return sorted(path for path in found if path.is_file() and path.stat().st_size and (
-        fnmatch(path.name, glob) or fnmatch(path.relative_to(root).as_posix(), glob)))
+        fnmatch(path.name, pattern) or fnmatch(path.relative_to(root).as_posix(), pattern)))
 
 
 def read_text(path):

@@ -91,8 +91,9 @@ class TrainConfig(Config):
                    "bfloat16 with --compile")
         self.check(not (self.resume and self.overwrite), "overwrite", "left out with --resume")
         # kmeans with --z_loss_coef=0.01 would pass for a result about the z-loss
+        own = ROUTERS[self.router].__module__ != "routers"
         for name, routers in READ_BY.items():
-            default, own = getattr(Config, name), ROUTERS[self.router].__module__ != "routers"
+            default = getattr(Config, name)
             self.check(self.router in routers or own or getattr(self, name) == default, name,
                        f"{default} under {self.router}, which does not read it")
         self.out_dir = os.path.expanduser(self.out_dir or f"out/{self.router}")
