@@ -6,7 +6,7 @@
     python analyze.py --hf=DIR                   # a mixture of experts that transformers can load
 
 Prints a Markdown table, writes metrics.json and the figures to out/analysis/. Three layers, from
-top to bottom: observe (a run -> what its layers do on validation tokens, the only part that knows
+top to bottom: observe (a model -> what its layers do on validation tokens, the only part that knows
 what a run is), measure (pure functions of that), draw (from metrics.json alone).
 
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k, H = d_expert (expert width).
@@ -19,10 +19,8 @@ import math
 import os
 import re
 import sys
-import tempfile
 import textwrap
 from contextlib import ExitStack
-from functools import partial
 from itertools import combinations, cycle
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -34,15 +32,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, expert_activations, expert_colors, load_balance, load_checkpoint,
-    read_log, router_cosines, router_similarity, spearman, validate, watch)
+    INCIDENTAL, expert_activations, expert_colors, load_balance, load_checkpoint, read_log,
+    router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
-    Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable,
-    put_aside)
+    Parser, cli, eval_batches, get_tokenizer, open_corpus, open_dataset, printable)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
 # tells metrics.json apart that were measured by other formulas
 MEASURED_BY = {"analyze_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+
+
+def warn(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 # ---------------------------------------------------------------- observe: a run -> its layers
@@ -57,79 +58,77 @@ class Layer(NamedTuple):
     activations: Tensor   # (3, N, E) of expert_activations(); (1, N, E) where up was not computed
     mean: Tensor          # (C) mean hidden state
     energy: Tensor        # () mean of ||x||^2
-    load: Tensor          # (E) tokens that each expert got (from the run's last evaluation)
+    load: Tensor          # (E) tokens that each expert got
 
 
 class Observed(NamedTuple):
-    name: str
-    settings: dict        # all that makes it this run: "router", "seed", ..., "val_sha256"
-    step: int | None      # optimizer steps done; None: not known
-    loss: float           # validation loss, nats a token
-    val_tokens: int       # how many tokens that loss is the mean of
+    about: dict           # what metrics.json says of the model beside the metrics of its layers
     tokens: Tensor        # (N) ids, in the order of the layers' rows
     text: Callable        # token id -> its text
     layers: list[Layer]
-    log: list[dict]       # records of log.jsonl with an evaluation; [] where there is no log
-    gradients: dict       # metrics that need gradients, by key; {} where there are none
-    notes: list[str]      # sentences the user should read
 
 
-def observe_run(folder: Path, name: str, n_tokens: int, device: str, known=()) -> Observed:
+def make_layer(depth, directions, w_gate, rows: list, load: Tensor) -> Layer:
+    """rows: scores, indices, activations, sum of x, sum of ||x||^2 of each batch. Hidden states are
+    kept for one batch at a time."""
+    scores, indices, activations, total, energy = zip(*rows)
+    scores = torch.cat(scores)                                           # (N, E)
+    return Layer(depth, directions, w_gate, scores, torch.cat(indices),
+                 torch.cat(activations, dim=1), sum(total) / len(scores),
+                 sum(energy) / len(scores), load)
+
+
+def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     """The run in `folder`, on n_tokens validation tokens (rounded up to whole sequences), in
     float32 and eval mode: nothing moves. Its perplexity and load are those of its own last
-    evaluation. `known`: group_key of the runs measured so far, since the slow aux_gradient_ratio is
-    measured for the first seed of a group only. Raises ValueError for a run that cannot be
-    measured."""
+    evaluation. Raises ValueError for a run that cannot be measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise ValueError("its weights are not finite; train it again with a lower learning rate.")
     c, step, evaluation = model.config, checkpoint["step"], checkpoint["evaluation"]
-    data = open_dataset(Path("data", checkpoint["config"]["dataset"]), c.block_size, c.vocab_size)
-    train_sha256, val_sha256 = (data.meta["sha256"][f"{split}.bin"] for split in ("train", "val"))
-    settings = checkpoint["config"] | {
-        "data_sha256": checkpoint["data_sha256"], "code_sha256": checkpoint["code_sha256"],
-        "val_sha256": checkpoint["val_sha256"] if evaluation else val_sha256,
-        "history": str(checkpoint["history"])} | MEASURED_BY  # history: what a --resume has changed
-    log = [record for record in read_log(folder / "log.jsonl")
-           if "val_loss" in record and record["step"] <= step]
-    notes = []
-    if not log:
-        notes.append(f"{folder}/log.jsonl holds no evaluation: no curves of this run.")
-    if settings["data_sha256"] != train_sha256:
-        notes.append(f"data/{settings['dataset']} is not the data that {folder} was trained on: it "
-                     "may have seen some of the validation tokens in training.")
+    settings = checkpoint["config"] | MEASURED_BY | {  # history: what a --resume has changed
+        key: str(checkpoint[key]) for key in (
+            "data_sha256", "val_sha256", "code_sha256", "history")}
+    data = open_dataset(Path("data", settings["dataset"]), c.block_size, c.vocab_size)
+    if data.meta["sha256"]["train.bin"] != settings["data_sha256"]:
+        warn(f"data/{settings['dataset']} is not the data that {folder} was trained on: it may "
+             "have seen some of the validation tokens in training.")
+
     def batches(n):  # n validation tokens, spaced as train.py spaces them, about 1,024 at a time
         return tqdm(list(eval_batches(data, n, block_size=c.block_size, device=device,
-                                      batch_size=max(1, 1024 // c.block_size))),
-                    folder.name, unit="batch", **BAR)
+                                      batch_size=max(1, 1024 // c.block_size))), folder.name, **BAR)
 
     model.to(device).eval()
     if not evaluation:  # the run was stopped before its end
         with torch.no_grad():
             loss, n, load = validate(model, batches(settings["final_eval_tokens"]))
         evaluation = {"val_loss": loss / n, "tokens": n, "load": load}
+        settings["val_sha256"] = data.meta["sha256"]["val.bin"]
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
     if len(tokens) < n_tokens:
-        notes.append(f"{name} saw {len(tokens)} tokens, not {n_tokens}: its val.bin is too short.")
-    gradients = logit_gradients(model, *next(iter(batches(1024))))  # on one batch
-    # what group_key reads of a run's metrics
-    this = {"seed": settings["seed"], "settings": settings, "step": step, "tokens": len(tokens)}
-    if group_key(name, this) not in known:
-        gradients |= aux_gradient_ratio(model, batches(65536))
+        warn(f"{folder} saw {len(tokens)} tokens, not {n_tokens}: its val.bin is too short.")
+    log = [record for record in read_log(folder / "log.jsonl")
+           if "val_loss" in record and record["step"] <= step]
+    about = {
+        "router": c.router, "seed": settings["seed"], "step": step, "settings": settings,
+        "perplexity": math.exp(min(evaluation["val_loss"], 700.0)),
+        "val_tokens": evaluation["tokens"],
+        # without the last evaluation, which is on more tokens than the others
+        "log": [record for record in log if record.get("val_tokens") == log[0].get("val_tokens")]}
+    about |= logit_gradients(model, *next(iter(batches(1024))))
     try:
         encoding = get_tokenizer(checkpoint["tokenizer"])
         text = lambda token: printable(encoding, [token]) or f"<{token}>"
     except ValueError as error:  # its vocabulary is not on this machine
         text = lambda token: f"<{token}>"
-        notes.append(f"experts.png shows token ids: {error}")
-    return Observed(name, settings, step, evaluation["val_loss"], evaluation["tokens"], tokens,
-                    text, layers, log, gradients, notes)
+        warn(f"experts.png shows token ids: {error}")
+    return Observed(about, tokens, text, layers)
 
 
 @torch.no_grad()
 def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
-    """batches of idx and targets (B, T), loads (n_layer, E) -> tokens (N), a Layer for each block.
-    Hidden states are kept for one batch at a time."""
+    """batches of idx and targets (B, T), loads (n_layer, E) -> tokens (N), a Layer for each
+    block."""
     tokens, rows = [], [[] for _ in model.blocks]
     with watch(model) as seen:
         for idx, targets in batches:
@@ -140,61 +139,25 @@ def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
                 activations = expert_activations(x, block.moe.w_gate, block.moe.w_up)  # (3, n, E)
                 found.append((routing.scores, routing.indices, activations, x.sum(0),
                               x.square().sum()))
-    tokens, layers = torch.cat(tokens), []                               # (N)
-    for depth, block in enumerate(model.blocks):
-        scores, indices, activations, total, energy = zip(*rows[depth])
-        layers.append(Layer(
-            depth, block.moe.router.directions.detach(), block.moe.w_gate.detach(),
-            torch.cat(scores), torch.cat(indices), torch.cat(activations, dim=1),
-            sum(total) / len(tokens), sum(energy) / len(tokens), loads[depth]))
-    return tokens, layers
+    return torch.cat(tokens), [
+        make_layer(depth, block.moe.router.directions.detach(), block.moe.w_gate.detach(),
+                   rows[depth], loads[depth]) for depth, block in enumerate(model.blocks)]
 
 
 def logit_gradients(model, idx: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """One batch (B, T) -> by layer, from d(loss + aux_loss) / d(router logits) (N, E):
-
-        unrouted_gradient_share    see the function; nan where no gradient moves the router
-        gradient_reach             experts whose logits one token's gradient reaches, mean"""
+    """One batch (B, T) -> by layer, the unrouted_gradient_share of d(loss + aux_loss) / d(router
+    logits); nan where no gradient moves the router."""
     with watch(model) as seen:
         _, loss, aux_loss = model(idx, targets)
     routings = [layer[0][1] for layer in seen]
     logits = [routing.logits for routing in routings]                    # n_layer of (N, E)
-    learned = bool(list(model.routers()[0].parameters()))
-    if learned and logits[0].requires_grad:
+    if list(model.routers()[0].parameters()) and logits[0].requires_grad:
         gradients = torch.autograd.grad(loss + aux_loss, logits, allow_unused=True,
                                         materialize_grads=True)
     else:  # centroids take no gradient: 0, and not what passes through the logits to x
         gradients = [torch.zeros_like(values) for values in logits]
     return {"unrouted_gradient_share_by_layer": torch.stack([
-                unrouted_gradient_share(g, r.indices) for g, r in zip(gradients, routings)]),
-            "gradient_reach_by_layer": torch.stack([
-                (g != 0).sum(1).double().mean() for g in gradients])}
-
-
-def aux_gradient_ratio(model, batches, sizes=(1, 8, 64)) -> dict[str, list]:
-    """||G_aux|| / ||G_LM||: the gradient of aux_loss at all router parameters against that of the
-    language-model loss, for steps of 1, 8 and 64 of the batches, whose gradients are averaged as in
-    gradient accumulation; mean over all steps of a size. {} where one of the two is missing."""
-    parameters = [p for router in model.routers() for p in router.parameters()]
-    found, n = [], 0
-    for idx, targets in batches:
-        n = max(n, idx.numel())  # the last batch may be smaller
-        _, loss, aux_loss = model(idx, targets)
-        if not (parameters and aux_loss.requires_grad and aux_loss.item()):
-            return {}
-        pair = [torch.autograd.grad(value, parameters, retain_graph=value is loss,
-                                    allow_unused=True, materialize_grads=True)
-                for value in (loss, aux_loss)]
-        found.append(torch.stack([torch.cat([g.flatten() for g in part]) for part in pair]))
-    gradients, ratios = torch.stack(found), {}                           # (batches, 2, P)
-    if not gradients[:, 0].any():  # a single expert's gate is always 1
-        return {}
-    for size in sizes:
-        steps = gradients[:len(found) // size * size].unflatten(0, (-1, size)).mean(1)
-        norms = steps.norm(dim=-1)                                       # (steps, 2)
-        if len(norms):
-            ratios[size * n] = (norms[:, 1] / norms[:, 0]).mean().item()
-    return {"aux_gradient_tokens": list(ratios), "aux_gradient_ratio": list(ratios.values())}
+        unrouted_gradient_share(g, r.indices) for g, r in zip(gradients, routings)])}
 
 
 # ---------------------------------------------------------------- observe: a transformers model
@@ -218,8 +181,6 @@ def find_mixtures(model) -> list[Mixture]:
         own = dict(experts.named_parameters(recurse=False))
         if not {"gate_up_proj", "down_proj"} <= own.keys() or own["down_proj"].ndim != 3:
             continue
-        if own["gate_up_proj"].element_size() < 2:  # quantized: numbers without their scale
-            continue
         both = own["gate_up_proj"].detach()
         E, P, Q = own["down_proj"].shape  # P = C and Q = H, or transposed P = H and Q = C
         if both.shape == (E, Q, 2 * P):
@@ -239,42 +200,32 @@ def find_mixtures(model) -> list[Mixture]:
     return found
 
 
-def see(mixture: Mixture, rows: list, bar, experts, args: tuple) -> None:
-    """The hook in front of the experts: appends to `rows` what a Layer is made of, for the n tokens
-    of this call, in float32. It converts the weights of one expert at a time; their bias is one
-    more column: W x + b = (W, b) (x, 1)."""
-    if len(args) != 3:
-        raise ValueError("its experts are not called with hidden states, selection and gates: how "
-                         "it routes is not known here.")
-    x, indices, gates = (arg.flatten(0, -2) for arg in args)             # (n, C), (n, K), (n, K)
-    x = x.float()
+def see(mixture: Mixture, x: Tensor, indices: Tensor, gates: Tensor) -> tuple:
+    """What the experts are called with, n tokens -> a row for make_layer, in float32. It converts
+    the weights of one expert at a time; their bias is one more column: W x + b = (W, b) (x, 1)."""
+    x, indices, gates = x.flatten(0, -2).float(), indices.flatten(0, -2), gates.flatten(0, -2)
     logits = F.linear(x, mixture.rows.float(), mixture.bias.float())     # (n, E)
+    scores = router_scores(logits, indices, gates.float())               # (n, E)
+    best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (n, K)
     x1 = F.pad(x, (0, 1), value=1.0)                                     # (n, C + 1)
     activations = [expert_activations(x1, torch.cat([w, b[:, None]], dim=1).float()[None])
                    for w, b in zip(mixture.w_gate, mixture.b_gate)]      # E of (1, n, 1)
-    rows.append((logits, indices, gates.float(), torch.cat(activations, dim=2), x.sum(0),
-                 x.square().sum()))
-    bar.update()
+    return (scores, indices.gather(1, best), torch.cat(activations, dim=2), x.sum(0),
+            x.square().sum())
 
 
-def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor | None:
+def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
     """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E): softmax or
-    sigmoid. The gates are the scores of the selected experts, perhaps scaled or normalised, so for
-    the right function log gate - log score is one constant per token. Both are tried; it is the
-    function whose differences vary less, if less than half as much as the log gates. If neither:
-    softmax if the largest logits were selected (phimoe has gates of its own), else None."""
-    def spread(values):  # within a token; for K = 1, over the tokens
-        return (values - values.mean(1 if values.shape[1] > 1 else 0, True)).abs().mean()
-
-    log_gates = gates.clamp(min=1e-30).log()                             # (N, K)
-    softmax, sigmoid = logits.log_softmax(-1), F.logsigmoid(logits)      # (N, E) each
-    misfit_softmax = spread(log_gates - softmax.gather(1, indices))
-    misfit_sigmoid = spread(log_gates - sigmoid.gather(1, indices))
-    if min(misfit_softmax, misfit_sigmoid) < 0.5 * spread(log_gates):
-        return (softmax if misfit_softmax <= misfit_sigmoid else sigmoid).exp()
-    largest = logits.topk(indices.shape[1]).indices                      # (N, K)
-    same = (largest.sort().values == indices.sort().values).double().mean() > 0.9
-    return logits.softmax(-1) if same else None
+    sigmoid, by which of them the gates, normalised over the selected, come. Raises ValueError if by
+    neither."""
+    misfits, candidates = [], (logits.softmax(-1), logits.sigmoid())     # (N, E) each
+    for scores in candidates:
+        expected = F.normalize(scores.gather(1, indices), p=1.0, dim=1)  # (N, K)
+        misfits.append((F.normalize(gates, p=1.0, dim=1) - expected).abs().mean())
+    if min(misfits) > 0.02:
+        raise ValueError("how it routes is not known here: its gates are no softmax or sigmoid of "
+                         "hidden states times router rows.")
+    return candidates[misfits.index(min(misfits))]
 
 
 def load_hf(folder: Path, dtype: str) -> tuple:
@@ -286,23 +237,21 @@ def load_hf(folder: Path, dtype: str) -> tuple:
         raise ValueError("it takes transformers to read it: pip install transformers.") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    problem = "it holds no tokenizer that transformers can read"
+    need = sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e9 + 2
+    free = free_memory() / 1e9
+    if need > free:
+        raise ValueError(f"it needs {need:.0f} GB of memory, and {free:.0f} GB are free.")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            raise ValueError("it has no vocabulary")  # transformers makes one up where no file is
-        problem = "its model cannot be loaded"
-        need = sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e9 + 2
-        free = free_memory() / 1e9
-        if need > free:
-            raise ValueError(f"it needs {need:.0f} GB of memory, and {free:.0f} GB are free")
+            raise ValueError("there is no vocabulary")  # transformers makes one up in its place
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True)
         if loaded["missing_keys"]:  # transformers would draw them at random
             raise ValueError(f"weights are missing, such as {min(loaded['missing_keys'])}")
     except Exception as error:  # a damaged or foreign file can raise nearly anything
-        raise ValueError(f"{problem} ({type(error).__name__}: "
-                         f"{textwrap.shorten(str(error), 200)}).") from None
+        raise ValueError("it is no model and tokenizer that transformers can load ("
+                         f"{textwrap.shorten(f'{type(error).__name__}: {error}', 200)}).") from None
     return model.eval(), tokenizer
 
 
@@ -318,8 +267,8 @@ def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor
     the validation documents of the data set stdlib); shorter than T where the text is short."""
     dataset, T = text or "stdlib", min(T, n_tokens)
     splits = ("train", "val") if text else ("val",)
-    pieces = open_corpus(dataset, Path(dataset).expanduser(), None, 0.05, Path("data"))
-    corpus = "".join(piece for split, piece, _ in pieces if split in splits)
+    corpus = "".join(piece for split, piece, _ in open_corpus(dataset, None, 0.05, Path("data"))
+                     if split in splits)
     cuts = np.linspace(0, len(corpus), -(-n_tokens // T) + 1, dtype=int).tolist()
     # no tokenizer's tokens are longer than 16 characters on average
     rows = [tokenizer(corpus[start:min(end, start + 16 * (T + 1))], truncation=True,
@@ -331,30 +280,31 @@ def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor
 
 
 @torch.no_grad()
-def observe_hf(folder: Path, name: str, text: str | None, n_tokens: int, device: str,
-               dtype: str) -> Observed:
+def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype: str) -> Observed:
     """The transformers model in `folder`, or of that name on the hub, at work on n_tokens tokens
-    of a text. The model computes in its own dtype (auto) or another, the metrics get float32.
-    Hidden states are kept for one layer and one batch at a time, weights are not copied. Raises
-    ValueError for what is no such model."""
+    of a text. The model computes in its own dtype (auto) or another, the metrics get float32; no
+    weights are copied. Raises ValueError for what is no such model."""
     model, tokenizer = load_hf(folder, dtype)
     mixtures, c = find_mixtures(model.to(device)), model.config.get_text_config()
     if not mixtures:
         raise ValueError("it has no mixture of experts as transformers 5 lays them out: a module "
-                         "with gate_up_proj (E, 2H, C) and down_proj (E, C, H), not quantized, and "
-                         "beside it a gate or router with a weight (E, C).")
+                         "with gate_up_proj (E, 2H, C) and down_proj (E, C, H), and beside it a "
+                         "gate or router with a weight (E, C).")
     longest = min(1024, getattr(c, "max_position_embeddings", None) or 1024)
     ids = read_sequences(tokenizer, text, n_tokens, longest)             # (B, T + 1)
     tokens, T = ids[:, :-1].flatten().to(device), ids.shape[1] - 1       # (N)
-    if ids.max() >= len(model.get_input_embeddings().weight):
-        raise ValueError(f"its tokenizer makes token id {ids.max()}, which the model has not.")
     batches = ids.to(device).split(max(1, 1024 // T))                    # (b, T + 1) each
     seen, loss = [[] for _ in mixtures], 0.0
-    with ExitStack() as stack:  # a hook that stays would hold the weights
-        bar = stack.enter_context(tqdm(total=len(batches) * len(mixtures), desc=name, **BAR))
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=len(batches) * len(mixtures), desc=folder.name, **BAR))
         for mixture, rows in zip(mixtures, seen):
-            hook = partial(see, mixture, rows, bar)
-            stack.enter_context(mixture.experts.register_forward_pre_hook(hook))
+            def note(experts, args, mixture=mixture, rows=rows):
+                if len(args) != 3:
+                    raise ValueError("its experts are not called with hidden states, selection and "
+                                     "gates: how it routes is not known here.")
+                rows.append(see(mixture, *args))
+                bar.update()
+            stack.enter_context(mixture.experts.register_forward_pre_hook(note))
         for batch in batches:
             logits = model(batch[:, :-1], use_cache=False).logits        # (b, T, V)
             for row, targets in zip(logits, batch[:, 1:]):
@@ -363,34 +313,26 @@ def observe_hf(folder: Path, name: str, text: str | None, n_tokens: int, device:
         raise ValueError("its loss is not finite; try --dtype=float32.")
     layers = []
     for mixture, rows in zip(mixtures, seen):
-        logits, indices, gates, activations, total, energy = zip(*rows)
-        logits, indices = torch.cat(logits), torch.cat(indices)          # (N, E), (N, K)
-        scores = router_scores(logits, indices, torch.cat(gates))        # (N, E)
-        if scores is None:
-            raise ValueError(f"how layer {mixture.depth} routes is not known here: its gates are "
-                             "no softmax or sigmoid of hidden states times router rows.")
-        best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (N, K)
-        layers.append(Layer(
-            mixture.depth, mixture.rows, mixture.w_gate, scores, indices.gather(1, best),
-            torch.cat(activations, dim=1), sum(total) / len(tokens), sum(energy) / len(tokens),
-            torch.bincount(indices.flatten(), minlength=len(mixture.rows))))
-
-    (E, H, C), K = mixtures[0].w_gate.shape, indices.shape[1]
-    settings = {
-        "router": c.model_type, "seed": None, "checkpoint": str(folder),
-        "dtype": str(model.dtype).removeprefix("torch."), "n_layer": c.num_hidden_layers,
-        "n_embd": C, "n_expert": E, "top_k": K, "d_expert": H, "block_size": T,
-        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()} | MEASURED_BY
-    notes = [] if len(tokens) >= n_tokens else [
-        f"{name} saw {len(tokens)} tokens, not {n_tokens}: the text is too short."]
+        layer = make_layer(mixture.depth, mixture.rows, mixture.w_gate, rows, None)
+        layers.append(layer._replace(load=torch.bincount(
+            layer.indices.flatten(), minlength=len(layer.directions))))
+    if len(tokens) < n_tokens:
+        warn(f"{folder} saw {len(tokens)} tokens, not {n_tokens}: the text is too short.")
 
     def piece(token: int) -> str:  # alone, a sentencepiece token loses the space in front of it
         raw = str(tokenizer.convert_ids_to_tokens(token))
         text = raw.replace("▁", " ") if "▁" in raw else tokenizer.decode([token])
         return "".join(s if s.isprintable() or s == "\n" else " " for s in text) or f"<{token}>"
 
-    return Observed(name, settings, None, loss / len(tokens), len(tokens), tokens, piece, layers,
-                    [], {}, notes)
+    (E, H, C), K = mixtures[0].w_gate.shape, layers[0].indices.shape[1]
+    settings = MEASURED_BY | {
+        "router": c.model_type, "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
+        "dtype": str(model.dtype).removeprefix("torch."), "n_embd": C, "n_expert": E, "top_k": K,
+        "d_expert": H, "block_size": T,
+        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
+    about = {"router": c.model_type, "seed": None, "step": None, "settings": settings, "log": [],
+             "perplexity": math.exp(min(loss / len(tokens), 700.0)), "val_tokens": len(tokens)}
+    return Observed(about, tokens, piece, layers)
 
 
 # ---------------------------------------------------------------- measure: a layer -> its metrics
@@ -424,8 +366,7 @@ def signed_similarity(directions: Tensor) -> Tensor:
 def common_share(directions: Tensor, mean: Tensor) -> Tensor:
     """directions (E, C), mean hidden state (C) -> mean over i of cos(r_i, mean)^2: how much of a
     router direction points along the mean hidden state. Chance level: 1 / C."""
-    rows, common = F.normalize(directions, dim=-1), F.normalize(mean, dim=-1)
-    return (rows @ common).square().mean()
+    return (F.normalize(directions, dim=-1) @ F.normalize(mean, dim=-1)).square().mean()
 
 
 def top_direction(w: Tensor) -> Tensor:
@@ -524,21 +465,21 @@ def favourite_tokens(tokens: Tensor, experts: Tensor, E: int, text: Callable) ->
 
 
 def text_lines(tokens: Tensor, experts: Tensor, text: Callable, T: int, width=70) -> list[list]:
-    """tokens, experts (N) of sequences of length T -> eight lines, the first that look like text:
+    """tokens, experts (N) of sequences of length T -> eight lines, if possible of mostly letters:
     lists of [text of a token, its expert]. A line ends at a line end or at `width` characters;
-    those that a sequence's ends cut, and blank ones, are passed over."""
+    those that a sequence's ends cut are passed over."""
     lines = []
     for ids, chosen in zip(tokens.split(T), experts.split(T)):
-        own, line, joined = [], [], ""
+        own, line, chars = [], [], ""
         for token, expert in zip(ids.tolist(), chosen.tolist()):
             line.append([text(token), expert])
-            joined += line[-1][0]
-            if "\n" in joined or len(joined) >= width:
-                own.append((line, joined))
-                line, joined = [], ""
-        lines += [(line, joined) for line, joined in own[1:] if joined.strip()]
-    good = [pair for pair in lines if 30 < len(pair[1]) < width
-            and sum(map(str.isalpha, pair[1])) > 0.6 * len(pair[1])]
+            chars += text(token)
+            if "\n" in chars or len(chars) >= width:
+                own.append((line, chars))
+                line, chars = [], ""
+        lines += own[1:]
+    good = [pair for pair in lines
+            if 30 < len(pair[1]) < width and sum(map(str.isalpha, pair[1])) > 0.6 * len(pair[1])]
     return [line for line, _ in (good if len(good) >= 8 else lines)[:8]]
 
 
@@ -554,26 +495,23 @@ def to_json(value):
 
 
 def measure(run: Observed) -> dict:
-    """What metrics.json says of a run: all that the table and the figures need."""
-    layers = [layer_metrics(layer, run.tokens) for layer in tqdm(run.layers, run.name, **BAR)]
-    metrics = {f"{key}_by_layer": torch.stack([layer[key].double().cpu() for layer in layers])
-               for key in layers[0]} | run.gradients                     # (n_layer, ...) each
+    """What metrics.json says of a model: all that the table and the figures need."""
+    layers = [layer_metrics(layer, run.tokens) for layer in tqdm(run.layers, "measure", **BAR)]
+    metrics = run.about | {f"{key}_by_layer": torch.stack([layer[key].double().cpu()
+                           for layer in layers]) for key in layers[0]}   # (n_layer, ...) each
     metrics |= {key.removesuffix("_by_layer"): values.nanmean(0)
                 for key, values in metrics.items() if key.endswith("_by_layer")}
-    middle, settings = run.layers[len(run.layers) // 2], run.settings
+    middle = run.layers[len(run.layers) // 2]
     first, E = middle.indices[:, 0], len(middle.directions)              # (N)
-    return to_json({
-        "router": settings["router"], "seed": settings["seed"], "step": run.step,
-        "perplexity": math.exp(min(run.loss, 700.0)), "val_tokens": run.val_tokens,
+    return to_json(metrics | {
         "tokens": len(run.tokens), "n_expert": E, "top_k": middle.indices.shape[1],
-        "depth": [layer.depth for layer in run.layers], "middle_depth": middle.depth, **metrics,
-        "settings": settings, "log": run.log,
+        "depth": [layer.depth for layer in run.layers], "middle_depth": middle.depth,
         "cosines": router_cosines(middle.directions).double().round(decimals=3),  # (E, E)
-        "text": text_lines(run.tokens, first, run.text, settings["block_size"]),
+        "text": text_lines(run.tokens, first, run.text, run.about["settings"]["block_size"]),
         "favourite_tokens": favourite_tokens(run.tokens, first, E, run.text)})
 
 
-# ---------------------------------------------------------------- groups and tables
+# ---------------------------------------------------------------- groups and the table
 
 COLUMNS = {  # header: keys
     "perplexity": ("perplexity",), "load CV": ("load_cv",), "max violation": ("max_violation",),
@@ -628,25 +566,20 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
     return {key: labels for key, labels in found.items() if len(labels) > 1}
 
 
-def group_key(name: str, run: dict) -> tuple[str, str]:
-    """Equal for the runs of a group: NAME- of NAME-SEED, and all settings but the seed."""
-    seed = str(run["seed"]) if name.endswith(f"-{run['seed']}") else ""
-    return name.removesuffix(seed), json.dumps(experiment(run), sort_keys=True)
-
-
 def group_runs(runs: dict[str, dict]) -> list[Group]:
     """The groups, in the order of their first runs. The label of one run is its name, that of
     several NAME or, where two groups have that NAME, like NAME-1 to 3."""
     found = {}
     for name, run in runs.items():
-        found.setdefault(group_key(name, run), []).append(name)
-    labels = [name.removesuffix("-") for name, _ in found]
+        seed = f"-{run['seed']}"
+        base = name.removesuffix(seed) if name.endswith(seed) else f"{name}/"
+        key = base, json.dumps(experiment(run), sort_keys=True)
+        found.setdefault(key, []).append(name)
+    bases = [base.removesuffix("/") for base, _ in found]
     groups, styles, others = [], dict(ROUTER_STYLES), cycle(OTHER_STYLES)
-    for label, members in zip(labels, found.values()):
-        if len(members) == 1:
-            label = members[0]
-        elif labels.count(label) > 1:
-            label = f"{members[0]} to {runs[members[-1]]['seed']}"
+    for base, members in zip(bases, found.values()):
+        label = members[0] if len(members) == 1 else base if bases.count(base) == 1 else (
+            f"{members[0]} to {runs[members[-1]]['seed']}")
         # the first group of a router has the fixed style
         color, line, marker = styles.pop(runs[members[0]]["router"], None) or next(others)
         groups.append(Group(label, [runs[name] for name in members], dict(
@@ -654,8 +587,8 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
     return groups
 
 
-def mean_and_spread(seeds: list[dict], key: str) -> str:
-    values = [run[key] for run in seeds if run.get(key) is not None]
+def mean_and_spread(runs: list[dict], key: str) -> str:
+    values = [run[key] for run in runs if run.get(key) is not None]
     spread = f" ± {np.std(values, ddof=1):.2g}" if len(set(values)) > 1 else ""
     return f"{np.mean(values):.4g}{spread}" if values else "–"
 
@@ -664,14 +597,14 @@ def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
     """rows: (name, metrics of one run or of several seeds) -> Markdown. Of several seeds: mean ±
     sample standard deviation."""
     lines = [("run", "router", "seed", "step", *COLUMNS), ("---",) * (4 + len(COLUMNS))]
-    for name, seeds in rows:
-        step, planned = seeds[0]["step"], seeds[0]["settings"].get("max_iters")
-        cells = [name, seeds[0]["router"],
-                 ", ".join("–" if run["seed"] is None else str(run["seed"]) for run in seeds),
+    for name, runs in rows:
+        step, planned = runs[0]["step"], runs[0]["settings"].get("max_iters")
+        cells = [name, runs[0]["router"],
+                 ", ".join("–" if run["seed"] is None else str(run["seed"]) for run in runs),
                  "–" if step is None else f"{step} of {planned}" if step < planned else str(step)]
         for key, *more in COLUMNS.values():
-            others = ", ".join(mean_and_spread(seeds, k) for k in more)
-            cells.append(mean_and_spread(seeds, key) + (f" ({others})" if more else ""))
+            others = ", ".join(mean_and_spread(runs, k) for k in more)
+            cells.append(mean_and_spread(runs, key) + (f" ({others})" if more else ""))
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -691,8 +624,8 @@ def differing_settings(groups: list[Group]) -> str:
 
 
 def paired_differences(groups: list[Group]) -> list[str]:
-    """Perplexity in per cent, paired by seed, mean ± its standard error, for each two groups that
-    share seeds and differ in one thing alone: the router, z_loss_coef or score_fn."""
+    """Perplexity in per cent, paired by seed, mean difference ± its standard error, for each two
+    groups that share seeds and differ in one thing alone: the router, z_loss_coef or score_fn."""
     lines = []
     for b, a in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in a.runs for y in b.runs
@@ -701,8 +634,8 @@ def paired_differences(groups: list[Group]) -> list[str]:
                 {"router"}, {"z_loss_coef"}, {"score_fn"}):
             percent = [100 * (x / y - 1) for x, y in pairs]
             error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
-            lines.append(f"{a.label} - {b.label}: {np.mean(percent):+.2f} ± {error:.2f} % "
-                         f"(n = {len(pairs)})")
+            lines.append(f"perplexity, {a.label} - {b.label}: {np.mean(percent):+.2f} ± "
+                         f"{error:.2f} % (paired by seed, n = {len(pairs)})")
     return lines
 
 
@@ -724,12 +657,8 @@ def draw_line(ax, group: Group, values: np.ndarray, x=None) -> None:
 
 
 def curve(run: dict, key: str) -> dict[int, float]:
-    """{step: value}. The last evaluation of a run reads more validation tokens than the others: it
-    is left out where the metric depends on them."""
-    log = run["log"]
-    if key in ("val_loss", "perplexity", "load_std"):
-        log = [record for record in log if record.get("val_tokens") == log[0].get("val_tokens")]
-    return {record["step"]: record[key] for record in log if record.get(key) is not None}
+    """{step: value}"""
+    return {record["step"]: record[key] for record in run["log"] if record.get(key) is not None}
 
 
 def draw_curves(ax, group: Group, curves: list[dict]) -> None:
@@ -822,15 +751,11 @@ def draw_similarity(fig, groups) -> None:
 
 
 def draw_common_mode(fig, groups) -> None:
-    logged = [group for group in groups if all(run["log"] for run in group.runs)]
     left, right = fig.subplots(1, 2)
-    for group in logged:
-        draw_curves(left, group, [curve(run, "router_similarity") for run in group.runs])
-        left.axhline(group.mean("router_similarity_chance"), **CHANCE)
-    lossfree = [group for group in logged if group.runs[0]["router"] == "lossfree"]
-    if lossfree:
-        left.axhline(3 * lossfree[0].mean("router_similarity"), color="0.35", linestyle="--",
-                     label=f"3 x {lossfree[0].label} (the paper's aux: nearly)")
+    for group in groups:
+        if all(run["log"] for run in group.runs):
+            draw_curves(left, group, [curve(run, "router_similarity") for run in group.runs])
+            left.axhline(group.mean("router_similarity_chance"), **CHANCE)
     left.set(ylabel="mean |cosine| of router directions\n(dotted: chance)", ylim=0)
     add_legend(fig, left)
     draw_points(right, groups, "common_share", "share of the mean hidden state in a router\n"
@@ -855,14 +780,13 @@ def draw_training(fig, groups) -> None:
     base = next((group for group in groups if group.runs[0]["router"] == "lossfree"), groups[0])
 
     def measured(run):  # losses are comparable where this is equal
-        settings = run["settings"]
-        return (run["seed"], settings["val_sha256"], settings["block_size"], settings["batch_size"],
-                settings["gradient_accumulation_steps"], run["log"][0].get("val_tokens"))
+        return [run["settings"][key] for key in (
+            "seed", "val_sha256", "block_size", "eval_tokens", "batch_size",
+            "gradient_accumulation_steps")]
 
-    losses = {measured(run): curve(run, "val_loss") for run in base.runs}
     for group in groups:
-        pairs = [(curve(run, "val_loss"), losses[measured(run)]) for run in group.runs
-                 if measured(run) in losses]
+        pairs = [(curve(run, "val_loss"), curve(other, "val_loss")) for run in group.runs
+                 for other in base.runs if measured(run) == measured(other)]
         if pairs:  # after step 0, where all of them guess
             draw_curves(b, group, [{step: mine[step] - other[step] for step in mine
                                     if step in other and step} for mine, other in pairs])
@@ -874,25 +798,6 @@ def draw_training(fig, groups) -> None:
     plain_log(a, "y")
     plain_log(c, "y")
     add_legend(fig, a)
-
-
-def draw_gradients(fig, groups) -> None:
-    groups = [group for group in groups if len(group.values("gradient_reach"))]
-    with_aux = [group for group in groups if len(group.values("aux_gradient_ratio"))]
-    if not groups:
-        return
-    left, *right = fig.subplots(1, 2 if with_aux else 1, squeeze=False)[0]
-    draw_points(left, groups, "gradient_reach", "experts whose logits\none token's gradient "
-                "reaches", spec=".3g")
-    for ax in right:
-        for group in with_aux:
-            tokens = group.values("aux_gradient_tokens")[0]
-            draw_line(ax, group, group.values("aux_gradient_ratio"), tokens)
-        plain_log(ax, "x")
-        ax.set_xticks(tokens, [f"{n:,.0f}" for n in tokens])
-        ax.set(xlabel="tokens in a step (the first seed)", ylabel="gradient of the router rows:\n"
-               "auxiliary / language-model loss")
-        add_legend(fig, ax)
 
 
 def draw_experts(fig, groups) -> None:
@@ -948,8 +853,6 @@ FIGURES = {  # file: what draws it, its title, height in inches, extra height pe
                         "mean hidden state", 3.8, 0.15),
     "training.png": (draw_training, "What training does to perplexity, balance and coupling", 6,
                      0.05),
-    "gradients.png": (draw_gradients, "How far one token's gradient goes, and how much of it is "
-                      "balancing", 2.8, 0.25),
     "experts.png": (draw_experts, "Sorted by token: where one token keeps one colour", 7, 0)}
 
 
@@ -961,13 +864,12 @@ def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
     rcParams["text.parse_math"] = False  # a $ in a name or a token is a $
     paths = []
     for name, (draw, title, height, more) in FIGURES.items():
-        path = out_dir / name
         fig = Figure(figsize=(9, height + more * len(groups)), layout="compressed")
         draw(fig, groups)
         if fig.axes:
             fig.suptitle(title, fontsize=13)
-            fig.savefig(path, dpi=150)
-            paths.append(path)
+            fig.savefig(out_dir / name, dpi=150)
+            paths.append(out_dir / name)
     return paths
 
 
@@ -976,49 +878,34 @@ def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="*", metavar="RUN", help="folder of a run, such as "
-                        "out/kmeans, or a metrics.json (default: all runs under out/)")
-    parser.add_argument("--out_dir", default="out/analysis", metavar="DIR",
-                        help="where metrics.json and the figures go (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, metavar="N",
-                        help="tokens on which each model is seen at work; perplexity and load of a "
-                             "run are of its last evaluation (default: 16384, with --hf 4096)")
-    parser.add_argument("--hf", action="append", default=[], metavar="DIR",
-                        help="folder, or name on the hub, of a model to load with transformers; "
-                             "may be given several times, and beside runs")
-    parser.add_argument("--text", metavar="FILE", help="what the --hf model reads: a text file or "
-                        "folder (default: this Python's own library)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-                        help="what the --hf model computes in (default: auto, as it is stored)")
-    parser.add_argument("--device", default="auto",
-                        help="auto, cpu, cuda or cuda:N (default: auto)")
+    for flag, options in {
+            "run": dict(nargs="*", type=Path, metavar="RUN", help="folder of a run, such as "
+                        "out/kmeans, or a metrics.json (default: all runs under out/)"),
+            "--out_dir": dict(default="out/analysis", type=Path, metavar="DIR",
+                              help="where metrics.json and the figures go (%(default)s)"),
+            "--tokens": dict(type=int, metavar="N", help="tokens on which each model is seen at "
+                             "work; perplexity and load of a run are of its last evaluation "
+                             "(default: 16384, with --hf 4096)"),
+            "--hf": dict(action="append", default=[], type=Path, metavar="DIR", help="folder, or "
+                         "name on the hub, of a model to load with transformers; may be given "
+                         "several times, and beside runs"),
+            "--text": dict(metavar="FILE", help="what the --hf model reads: a text file or folder "
+                           "(default: this Python's own library)"),
+            "--dtype": dict(default="auto", choices=("auto", "float32", "bfloat16"),
+                            help="what the --hf model computes in (default: as it is stored)"),
+            "--device": dict(default="cuda" if torch.cuda.is_available() else "cpu",
+                             help="cpu, cuda or cuda:N (%(default)s)")}.items():
+        parser.add_argument(flag, **options)
     args = parser.parse_args(argv)
     if args.tokens is None:
         args.tokens = 4096 if args.hf else 16384
-    if not args.hf and (args.text or args.dtype != "auto"):
-        parser.error("--text and --dtype go with --hf: a run has its own validation text")
     if args.tokens < 1:
         parser.error(f"--tokens must be positive, not {args.tokens}")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         parser.error(f"--device={args.device} is not a device of this machine")
     return args
-
-
-def make_out_dir(name: str) -> Path:
-    """Makes the folder. Fails now if it cannot be written to, and not after the work, which may
-    take an hour."""
-    out_dir = Path(name).expanduser()
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out_dir).close()
-    except OSError as error:
-        raise ValueError(f"--out_dir={out_dir} is no folder to write to ({error.strerror}); name "
-                         "another.") from error
-    return out_dir
 
 
 def read_metrics(path: Path) -> dict[str, dict]:
@@ -1033,83 +920,63 @@ def read_metrics(path: Path) -> dict[str, dict]:
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None
 
 
-def write_metrics(path: Path, runs: dict, first: bool) -> None:
-    """metrics.json; the first time, an earlier one is put aside with its figures."""
+def write_metrics(path: Path, runs: dict, replaced: bool) -> bool:
+    """metrics.json. The first time an earlier one becomes metrics.old.json and its figures, which
+    can be drawn again from that, go. -> True"""
     temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(json.dumps(runs) + "\n")
-    except OSError as error:  # that of a full disk does not name the file
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error.strerror}).") from error
-    if first:
-        put_aside(path.parent, [path.name, *FIGURES])
+    temporary.write_text(json.dumps(runs) + "\n")
+    if not replaced:
+        for name in FIGURES:
+            (path.parent / name).unlink(missing_ok=True)
+        if path.exists():
+            os.replace(path, path.with_suffix(".old.json"))
     os.replace(temporary, path)
+    return True
 
 
 def main(argv: list[str]) -> None:
     args, runs = parse_args(argv), {}
-    sources = [Path(run).expanduser() for run in args.run]
-    models = [Path(name).expanduser() for name in args.hf]
-    if not (sources or models):
-        # glob too, as rglob does not follow links; in old-N lies what --overwrite put aside
-        found = {*Path("out").rglob("ckpt.pt"), *Path("out").glob("*/ckpt.pt")}
-        sources = sorted(path.parent for path in found
-                         if not re.fullmatch(r"old-\d+", path.parent.name))
-    if not (sources or models):
+    # */ as well, since ** does not follow links
+    found = {path.parent for glob in ("**", "*") for path in Path("out").glob(f"{glob}/ckpt.pt")}
+    folders = args.run or ([] if args.hf else sorted(found))
+    if not (folders or args.hf):
         raise ValueError("there is no run under out/; train one with python train.py.")
-    out_dir = make_out_dir(args.out_dir)
-    locked = lock(out_dir)  # the lock holds while this file is open
-    path, first = out_dir / "metrics.json", True
-    each_once = {source.resolve(): source for source in (*sources, *models)}.values()
-    # a metrics.json is read before it may be put aside
-    for source in sorted(each_once, key=lambda source: source.suffix != ".json"):
-        notes = []
+    out_dir = args.out_dir.expanduser()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path, replaced = out_dir / "metrics.json", False
+    # a metrics.json is read first: it may be the one that is then replaced
+    for source in sorted([*folders, *args.hf], key=lambda source: source.suffix != ".json"):
+        folder = source.expanduser()
+        name = folder.resolve().name
+        name = str(source) if name in runs else name
         try:
-            if source.suffix == ".json":
-                for name, metrics in read_metrics(source).items():
-                    runs[f"{source}/{name}" if name in runs else name] = metrics
+            if folder.suffix == ".json":
+                runs |= {f"{source}/{name}" if name in runs else name: metrics
+                         for name, metrics in read_metrics(folder).items()}
             else:
-                name = source.resolve().name
-                name = str(source) if name in runs else name
-                run = (observe_hf(source, name, args.text, args.tokens, args.device, args.dtype)
-                       if source in models else
-                       observe_run(source, name, args.tokens, args.device,
-                                   {group_key(*item) for item in runs.items()}))
-                runs[name], notes = measure(run), run.notes
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # also: out of memory
-            notes = [f"{source} is left out: {' '.join(str(error).split())}"]  # on one line
-        except KeyboardInterrupt:
-            print(f"interrupted at {source}: only what was measured before follows.",
-                  file=sys.stderr)
-            break
-        for note in notes:
-            print(note, file=sys.stderr)
-        if runs and source.suffix != ".json":  # the next one may take an hour, or all the memory
-            write_metrics(path, runs, first)
-            first = False
+                runs[name] = measure(
+                    observe_hf(folder, args.text, args.tokens, args.device, args.dtype)
+                    if source in args.hf else observe_run(folder, args.tokens, args.device))
+                # at once: the next one may take an hour, or all the memory
+                replaced = write_metrics(path, runs, replaced)
+        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: also out of memory
+            warn(f"{source} is left out: {' '.join(str(error).split())}")  # on one line
     if not runs:
         raise ValueError("no run is left to analyze.")
-    if first:
-        write_metrics(path, runs, first)
+    write_metrics(path, runs, replaced)
 
     groups = group_runs(runs)
-    print(markdown_table([(name, [run]) for name, run in runs.items()]), differing_settings(groups),
-          sep="\n\n")
-    if any(len(group.runs) > 1 for group in groups):
-        print("\nMean ± sample standard deviation over seeds:\n")
-        print(markdown_table([(group.label, group.runs) for group in groups]))
-    if differences := paired_differences(groups):
-        print("\nPerplexity, paired by seed, mean difference ± its standard error:\n")
-        print(*differences, sep="  \n")
-    figures = []
+    several = [group for group in groups if len(group.runs) > 1]
+    print(markdown_table([(name, [run]) for name, run in runs.items()]
+                         + [(f"{group.label}, mean ± Std over seeds", group.runs)
+                            for group in several]))
+    print("", differing_settings(groups), *paired_differences(groups), sep="\n\n")
     try:
         figures = draw_figures(groups, out_dir)
     except ImportError:
-        print("matplotlib is missing: for the figures run pip install matplotlib, then python "
-              f"analyze.py {path}.", file=sys.stderr)
-    except OSError as error:
-        raise OSError(f"a figure in {out_dir} could not be written ({error.strerror}); the numbers "
-                      f"are in {path}.") from error
+        figures = []
+        warn("matplotlib is missing: for the figures run pip install matplotlib, then python "
+             f"analyze.py {path}.")
     print(f"\nWrote {', '.join(map(str, [path, *figures]))}.")
 
 

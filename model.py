@@ -13,7 +13,6 @@ RMSNorm on each head of q and k, no biases, no dropout, an untied head. No exper
 above which it drops tokens, as in some mixtures: every token reaches its K experts."""
 import colorsys
 import hashlib
-import inspect
 import json
 import sys
 import textwrap
@@ -56,8 +55,8 @@ class Config:
         self.check(self.n_embd % (2 * self.n_head) == 0, "n_embd",
                    f"a multiple of 2 * n_head = {2 * self.n_head} (RoPE turns pairs within a head)")
         for name in ("n_embd", "d_expert"):
-            self.check(getattr(self, name) % 4 == 0, name,
-                       "a multiple of 4 (grouped_mm wants rows of 16 bytes)")
+            self.check(getattr(self, name) % 8 == 0, name,
+                       "a multiple of 8 (grouped_mm wants rows of 16 bytes, in bfloat16 too)")
         self.check(1 <= self.top_k <= self.n_expert, "top_k",
                    f"from 1 to n_expert = {self.n_expert}")
         self.check(self.router in ROUTERS, "router", f"one of {', '.join(ROUTERS)}")
@@ -459,64 +458,42 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 # settings that change nothing but rounding: --resume may change them, analyze.py averages over them
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "eval_interval",
               "log_interval"}
-
-
-FILES = [Path(__file__).resolve().with_name(f"{name}.py")
-         for name in ("routers", "model", "prepare_data", "train")]
-# as imported, as a file may be edited later; model.py and routers.py do without the others
-CODE = b"".join(file.read_bytes() for file in FILES if file.exists())
+SOURCES = [Path(__file__).with_name(name) for name in (
+    "routers.py", "model.py", "prepare_data.py", "train.py")]
+CODE = b"".join(file.read_bytes() for file in SOURCES if file.exists())  # as it was imported
 
 
 def code_sha256(router: str) -> str:
-    """Of the code that makes a run what it is, beside its settings: CODE and what you wrote, the
-    script that starts the run and those that have the router and the classes it derives from."""
-    sources, script = {CODE}, Path(sys.argv[0]).resolve()
-    if script.suffix == ".py" and script.is_file() and "site-packages" not in script.parts and (
-            script not in [*FILES, FILES[0].with_name("analyze.py")]):
-        sources.add(script.read_bytes())
-    for cls in ROUTERS[router].__mro__:
-        if cls.__module__ not in ("routers", "builtins", nn.Module.__module__):
-            file = Path(getattr(sys.modules[cls.__module__], "__file__", ""))
-            with suppress(OSError, TypeError):  # a notebook keeps its cells, a shell nothing
-                sources.add(file.read_bytes() if file.is_file() else
-                            inspect.getsource(cls).encode())
-    return hashlib.sha256(b"".join(sorted(sources))).hexdigest()
-
-
-def read_checkpoint(path) -> dict:
-    """What train.save_checkpoint wrote, mapped: what the caller does not touch (the optimizer's
-    state is twice the model) costs no memory. Raises ValueError for a missing, damaged or foreign
-    file."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        for key in ("model", "optimizer", "step", "config", "evaluation", "rng", "history",
-                    "data_sha256", "val_sha256", "code_sha256", "tokenizer"):
-            checkpoint[key]  # KeyError if it is missing
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); name the folder of a run."
-                         ) from None
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(f"{path} is damaged or not a checkpoint of this project "
-                         f"({type(error).__name__}); name another or train again.") from None
-    return checkpoint
+    """Of the code that makes a run what it is, beside its settings: the four files and, of a router
+    of your own, the file that it stands in."""
+    file = getattr(sys.modules[ROUTERS[router].__module__], "__file__", None)  # None: a notebook
+    own = Path(file).read_bytes() if file and ROUTERS[router].__module__ != "routers" else b""
+    return hashlib.sha256(CODE + own).hexdigest()
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
-    """-> (the trained model, on the CPU; the checkpoint). Says so on stderr if other code than
-    today's has trained it. Raises ValueError as read_checkpoint."""
-    checkpoint, names = read_checkpoint(path), {field.name for field in fields(Config)}
+    """-> (the trained model, on the CPU; what train.save_checkpoint wrote). The file is mapped:
+    what you do not touch, as the optimizer's state, costs no memory. Says so on stderr if other
+    code has trained it. Raises ValueError for a missing, damaged or foreign file."""
     try:
-        config = Config(**{k: v for k, v in checkpoint["config"].items() if k in names})
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        config = Config(**{field.name: checkpoint["config"][field.name] for field in fields(Config)
+                           if field.name in checkpoint["config"]})
         model = SMoETransformer(config)
         model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold a model of this project "
-                         f"({textwrap.shorten(str(error), 200)}).") from None
+        for key in ("optimizer", "step", "evaluation", "rng", "history", "data_sha256",
+                    "val_sha256", "code_sha256", "tokenizer"):
+            checkpoint[key]  # KeyError if it is missing
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there; name the folder of a run.") from None
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})."
+                         ) from None
     if checkpoint["code_sha256"] != code_sha256(config.router):
         print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
-              "prepare_data.py, train.py or a script of yours): where they compute other things, "
-              "what follows is of neither. Measure each run with its own code, and join the "
-              "metrics.json.", file=sys.stderr)
+              "prepare_data.py, train.py or your router): where they compute other things, what "
+              "follows is of neither.", file=sys.stderr)
     return model, checkpoint
 
 
@@ -524,9 +501,7 @@ def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl, without those that cannot be read: a kill may cut one short, and a
     log must never stand in the way of a good checkpoint."""
     records = []
-    if not path.is_file():
-        return records
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError, TypeError, KeyError):
             record = json.loads(line)
             if isinstance(record["step"], int):
@@ -544,23 +519,19 @@ def expert_colors(E: int) -> list[tuple[float, float, float]]:
 
 
 def main(argv: list[str]) -> None:
-    import argparse  # here, as the model itself needs nothing but torch and routers.py
-
-    from prepare_data import Parser, encode, get_tokenizer, printable
+    from prepare_data import Parser, encode, get_tokenizer, printable  # not for the model itself
     parser = Parser(description="The model of a run writes. On a terminal each token stands on the "
-                                "colour of the expert that it goes to first.", allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                "colour of the expert that it goes to first.", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, as out/kmeans")
-    parser.add_argument("--start", default="def ", help="the text to go on with")
-    parser.add_argument("--tokens", type=int, default=400, help="how many to write")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
-    parser.add_argument("--layer", type=int, help="whose experts; None: the middle layer's")
+    parser.add_argument("--start", default="def ", help="the text to go on with: 'def '")
+    parser.add_argument("--tokens", type=int, default=400, help="how many to write: 400")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest; 0.8")
+    parser.add_argument("--layer", type=int, help="whose experts: the middle layer's")
     args = parser.parse_args(argv)
     model, checkpoint = load_checkpoint(args.run.expanduser() / "ckpt.pt")
     layer = model.config.n_layer // 2 if args.layer is None else args.layer
-    if not 0 <= layer < model.config.n_layer or args.tokens < 1:
-        raise ValueError(f"--layer must be from 0 to {model.config.n_layer - 1} and --tokens "
-                         f"positive, not {layer} and {args.tokens}.")
+    if not 0 <= layer < model.config.n_layer:
+        raise ValueError(f"--layer must be from 0 to {model.config.n_layer - 1}, not {layer}.")
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     start = encode(tokenizer, args.start).tolist() or [tokenizer.eot_token]
     idx = model.generate(torch.tensor([start]), args.tokens, args.temperature)      # (1, n)

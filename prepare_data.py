@@ -5,20 +5,17 @@
     python prepare_data.py --dataset=notes --glob='*.md' --name=md  # a folder of texts -> data/md
 
 writes data/<name>/train.bin and val.bin (token ids, little-endian) and meta.json (what they are).
-A corpus flows through in pieces of text, so memory stays bounded however large it is.
-"""
+A corpus flows through in pieces of text, so memory stays bounded however large it is."""
 import argparse
 import hashlib
 import json
 import os
-import re
-import shutil
 import signal
 import sys
 import sysconfig
+import tempfile
 from collections import Counter
 from contextlib import suppress
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
@@ -78,19 +75,19 @@ def printable(tokenizer, ids):
 # part of one; `ends` says whether it is the last part. The splits "broken" and "duplicate" are
 # counted and left out.
 
-def open_corpus(dataset, path, glob, val_fraction, data_root):
-    """-> generator of the pieces of a built-in data set or of the text at `path`."""
+def open_corpus(dataset, glob, val_fraction, data_root):
+    """-> generator of the pieces of a built-in data set, or of a text file or folder."""
+    path = Path(dataset).expanduser()
     if glob and (dataset in DATASETS or not path.is_dir()):
         raise ValueError(f"--glob picks files inside a folder, but {dataset} is not a folder.")
     if dataset == "fineweb-edu":
         return stream_fineweb_edu(val_fraction)
     if dataset in ("stdlib", "python"):
-        tests = ("test", "tests", "idle_test", "site-packages", "dist-packages")
+        tests = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
         paths = find_files(sysconfig.get_path("stdlib"), "*.py", skip=tests)
         if dataset == "python":  # wherever packages are imported from: venv, user, system
-            roots = [root for root in dict.fromkeys(sys.path)
-                     if root.endswith("-packages") and os.path.isdir(root)]
-            paths += [file for root in roots for file in find_files(root, "*.py")]
+            for root in dict.fromkeys(sys.path):
+                paths += find_files(root, "*.py") if root.endswith("-packages") else []
     elif dataset == "shakespeare":
         paths = [download_shakespeare(data_root / "tinyshakespeare.txt")]
     elif path.is_file():
@@ -105,24 +102,16 @@ def open_corpus(dataset, path, glob, val_fraction, data_root):
     return read_documents(paths, val_fraction)
 
 
-def find_files(root, glob, skip=()):
-    """-> sorted Paths of the files below `root` whose name or relative path matches `glob`, but for
-    empty and hidden ones, folders in `skip`, and prepared data sets (they are not text)."""
-    def unreadable(error):  # in place of leaving the folder out without a word
-        raise error
-
-    found, seen = [], set()
-    for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
-        subfolders[:] = [s for s in subfolders if s not in skip and not s.startswith(".")]
-        real = os.path.realpath(folder)
-        if real in seen:  # links may go round
-            subfolders.clear()
-        elif not {"train.bin", "val.bin", "meta.json"} <= set(names):
-            found += [Path(folder, name) for name in names if not name.startswith(".")]
-        seen.add(real)
-    pattern = glob.replace("**/", "*")  # the * of fnmatch goes on over any /
-    return sorted(path for path in found if path.is_file() and path.stat().st_size and (
-        fnmatch(path.name, pattern) or fnmatch(path.relative_to(root).as_posix(), pattern)))
+def find_files(root, glob, skip=frozenset()):
+    """-> sorted Paths of the files below `root` that match, but for empty and hidden ones, those in
+    folders named in `skip`, and token files."""
+    found = []
+    for path in sorted(Path(root).rglob(glob)):
+        parts = path.relative_to(root).parts
+        if not (skip & set(parts) or any(part.startswith(".") for part in parts)
+                or path.suffix == ".bin") and path.is_file() and path.stat().st_size:
+            found.append(path)
+    return found
 
 
 def read_text(path):
@@ -181,13 +170,13 @@ def download_shakespeare(path):
            "input.txt")
     try:
         content = path.read_bytes() if path.exists() else urlopen(url, timeout=30).read()
-        if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-            raise ValueError("it has another SHA-256")
     except Exception as error:  # whatever the HTTP layers raise
-        raise ValueError(f"{path} is not the file of {url} ({error}): save that there by hand and "
-                         "run the same command again.") from error
-    if not path.exists():
-        path.write_bytes(content)
+        raise ValueError(f"{url} could not be fetched ({error}): save it as {path} by hand and run "
+                         "the same command again.") from error
+    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+        raise ValueError(f"{path} is not what {url} had: it has another SHA-256; save that there "
+                         "by hand and run the same command again.")
+    path.write_bytes(content)
     return path
 
 
@@ -204,8 +193,7 @@ def stream_fineweb_edu(val_fraction):
     except Exception as error:  # no such package, no network, whatever its HTTP layers raise
         if not n:
             raise ValueError(f"fineweb-edu could not be streamed ({type(error).__name__}): it "
-                             "needs network and pip install datasets; or copy data/fineweb-edu "
-                             "from a machine that has both.") from error
+                             "needs network and pip install datasets.") from error
         print(f"The stream broke ({type(error).__name__}): the data set ends after {n} documents.",
               file=sys.stderr)
 
@@ -217,45 +205,40 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
     """Writes <data_root>/<name>/: train.bin, val.bin and meta.json, all or none, and only where
     nothing is yet; same input, same bytes. Prints one line, returns the Path. The arguments are
     the flags that --help explains. ValueError: a user's mistake; OSError: a full disk."""
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction is a share between 0 and 1, not {val_fraction}.")
-    if max_tokens is not None and max_tokens < 2:
-        raise ValueError(f"max_tokens is at least 2, one for each split, not {max_tokens}.")
-    enc = get_tokenizer(tokenizer)
-    dataset, data_root = str(dataset), Path(data_root)
-    path = Path(os.path.abspath(os.path.expanduser(dataset)))
-    source = dataset if dataset in DATASETS else str(path.resolve())
+    if not 0 < val_fraction < 1 or max_tokens is not None and max_tokens < 2:
+        raise ValueError("val_fraction must be between 0 and 1, max_tokens at least 2 (one for "
+                         f"each split), not {val_fraction} and {max_tokens}.")
+    enc, dataset, data_root = get_tokenizer(tokenizer), str(dataset), Path(data_root)
+    path = Path(dataset).expanduser().resolve()
+    source = dataset if dataset in DATASETS else str(path)
     name = name or (path.stem if path.is_file() else path.name)
-    target, tmp = data_root / name, data_root / f".{name}.tmp"
+    target = data_root / name
     if target.name != name or name in DATASETS and name != source:
         raise ValueError(f"{name!r} cannot name a folder in {data_root}/: it is the name of a "
                          "built-in data set, or no plain name; pass another --name.")
-    if os.path.lexists(target):
+    if target.exists():
         raise ValueError(f"{target} is there already; move it away, or pass another --name.")
     data_root.mkdir(parents=True, exist_ok=True)
     try:
-        tmp.mkdir()  # a lock as well: of two processes, one succeeds
-    except FileExistsError as error:
-        raise ValueError(f"{tmp} exists: another process is preparing {target}, or was killed; "
-                         "wait for it, or delete that folder.") from error
-    try:
-        pieces = open_corpus(dataset, path, glob, val_fraction, data_root)
-        about, counts = write_tokens(pieces, enc, tmp, val_fraction, max_tokens)
-        rebuild = f"prepare_data.get_tokenizer({tokenizer!r})"
-        meta = {"dataset": source, "tokenizer": {"name": tokenizer, "rebuild": rebuild}, **about}
-        (tmp / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        summary = (f"{meta['n_train']:,} train and {meta['n_val']:,} val tokens of "
-                   f"{counts['documents']:,} documents, {counts['broken']:,} broken and "
-                   f"{counts['duplicate']:,} duplicate files left out")
-        if not (meta["n_train"] and meta["n_val"]):
-            raise ValueError(f"{dataset} is too small to split: it makes {summary}; give more "
-                             "text, or join it into one file.")
-        tmp.rename(target)
+        with tempfile.TemporaryDirectory(prefix=".", dir=data_root) as tmp:
+            folder = Path(tmp, name)
+            folder.mkdir()
+            pieces = open_corpus(dataset, glob, val_fraction, data_root)
+            about, counts = write_tokens(pieces, enc, folder, val_fraction, max_tokens)
+            rebuild = f"prepare_data.get_tokenizer({tokenizer!r})"
+            meta = {"dataset": source, "tokenizer": {"name": tokenizer, "rebuild": rebuild},
+                    **about}
+            (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+            summary = (f"{meta['n_train']:,} train and {meta['n_val']:,} val tokens of "
+                       f"{counts['documents']:,} documents, {counts['broken']:,} broken and "
+                       f"{counts['duplicate']:,} duplicate files left out")
+            if not (meta["n_train"] and meta["n_val"]):
+                raise ValueError(f"{dataset} is too small to split: it makes {summary}; give more "
+                                 "text, or join it into one file.")
+            folder.rename(target)
     except OSError as error:
         raise OSError(f"{target} could not be made ({error}): make room on the disk or correct the "
                       "permissions, and try again.") from error
-    finally:  # after an interrupt as well
-        shutil.rmtree(tmp, ignore_errors=True)
     print(f"{target}: {summary}; vocabulary {enc.n_vocab:,} ({tokenizer})")
     return target
 
@@ -282,8 +265,7 @@ def write_tokens(pieces, enc, folder, val_fraction, max_tokens):
                 sha256[split].update(ids)
                 n[split] += len(ids)
                 counts["documents"] += ends
-                if n == limit:  # both files are full; a document that was cut short counts, too
-                    counts["documents"] += not ends
+                if n == limit:  # both files are full
                     break
     return {"vocab_size": enc.n_vocab, "dtype": dtype.name, "n_train": n["train"],
             "n_val": n["val"], "sha256": {f"{s}.bin": sha256[s].hexdigest() for s in n}}, counts
@@ -307,14 +289,10 @@ def open_dataset(folder, block_size, vocab_size):
         train, val = (np.memmap(folder / f"{s}.bin", dtype, mode="r") for s in ("train", "val"))
         if (len(train), len(val)) != (meta["n_train"], meta["n_val"]):
             raise ValueError(f"{len(train)} train and {len(val)} val tokens, unlike meta.json")
-        # what a run notes of its data: KeyError if it is missing
-        meta["tokenizer"]["name"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        delete = "delete that folder and " if (folder / "meta.json").exists() else ""
-        source = "" if folder.name in DATASETS else "<text file or folder> --name="
         raise ValueError(
-            f"{folder} is not a whole data set ({type(error).__name__}: {error}): {delete}run "
-            f"python prepare_data.py --dataset={source}{folder.name}.") from error
+            f"{folder} is not a whole data set ({type(error).__name__}: {error}): delete it, if it "
+            "is there, and prepare it with prepare_data.py.") from error
     if n_vocab > vocab_size:
         raise ValueError(f"vocab_size must be at least {n_vocab} for {folder}, such as "
                          f"{-(-n_vocab // 64) * 64}; it is {vocab_size}.")
@@ -377,42 +355,10 @@ def cli(main):
         return main(sys.argv[1:])
     except (ValueError, OSError) as error:
         sentence, code = error, 2
-    except (MemoryError, RuntimeError) as error:
-        out_of_memory = re.search("(out of|allocate) memory", str(error))
-        if not (isinstance(error, MemoryError) or out_of_memory):
-            raise
-        sentence, code = "not enough memory; make the model or the batch smaller.", 2
     except KeyboardInterrupt:
         sentence, code = "interrupted.", 130
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     sys.exit(code)
-
-
-def lock(folder):
-    """-> the locked file folder/lock: while it is open, no other process gets it. ValueError: one
-    has it. With this and put_aside, train.py and analyze.py never mix or replace what they make."""
-    file = open(folder / "lock", "a")
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
-    except BlockingIOError:
-        raise ValueError(f"another process writes to {folder} right now; wait for its end, or name "
-                         "another --out_dir.") from None
-    except (ImportError, OSError):
-        pass  # Windows and some network disks have no such lock
-    return file
-
-
-def put_aside(folder, patterns):
-    """Moves the files of `folder` that match to folder/old-1, or the next free number."""
-    if found := [path for pattern in patterns for path in folder.glob(pattern)]:
-        n = 1
-        while (folder / f"old-{n}").exists():
-            n += 1
-        (folder / f"old-{n}").mkdir()
-        for path in found:
-            path.rename(folder / f"old-{n}" / path.name)
-        print(f"What was in {folder} is kept in {folder}/old-{n}.")
 
 
 def main(argv):
@@ -423,7 +369,7 @@ def main(argv):
             ("tokenizer", str, "bytes", "bytes, or a tiktoken encoding such as gpt2"),
             ("val_fraction", float, 0.05, "share of the documents (or of one file) in val.bin"),
             ("name", str, None, "folder in data/; by default named after the data set"),
-            ("glob", str, None, "which files of a folder, by name or relative path, e.g. '*.md'"),
+            ("glob", str, None, "which files of a folder, by name, for example '*.md'"),
             ("max_tokens", int, None, "the most tokens to write, both files together")):
         text += "" if default is None else f" (default: {default})"
         parser.add_argument(f"--{flag}", type=kind, default=default, help=text,

@@ -1,8 +1,7 @@
 """Three routers for a sparse mixture of experts, side by side.
 
-A router looks at one hidden state per token and sends the token to the top_k best of n_expert
-experts. Every router here is the same four verbs in the same order, and, where it needs them, a
-loss and statistics for the update:
+A router looks at the hidden state of a token and sends the token to the top_k best of n_expert
+experts. Every router here is the same four verbs in the same order:
 
     score     how well does each expert fit each token?            (N, C) -> (N, E)
     select    which K experts does the token go to?                (N, E) -> (N, K)
@@ -18,9 +17,8 @@ They differ in where the scores come from and in what keeps the load even:
     none      learned rows r_i             nothing: the control that shows collapse
 
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k.
-Source: "Routers Learn the Geometry of Their Experts", arXiv 2605.12476. What its summaries leave
-open (gates, loss coefficient, step sizes) is this project's choice: see model.Config and
-docs/results.md."""
+Source: "Routers Learn the Geometry of Their Experts", arXiv 2605.12476; what its summaries leave
+open is this project's choice (docs/results.md)."""
 from typing import NamedTuple
 
 import torch
@@ -42,8 +40,7 @@ class Router(nn.Module):
     """The order of the four verbs, and the count of what went where. A router of your own defines
     score(), gate() and `directions` (E, C), which the metrics read; the rest as needed.
 
-    `load` (E): tokens sent to each expert in training since the last update, over all
-    micro-batches. In eval mode nothing is counted and nothing moves."""
+    `load` (E): tokens sent to each expert since the last update. In eval mode nothing counts."""
 
     def __init__(self, config):
         super().__init__()
@@ -52,7 +49,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """x (N, C), any float dtype -> Routing. In float32 even under autocast: a score rounded to
-        bfloat16 sends tokens to other experts (Switch Transformers, arXiv 2101.03961, 2.4)."""
+        bfloat16 sends tokens to other experts (arXiv 2101.03961, 2.4)."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             logits, scores = self.score(x)                   # (N, E), (N, E)
@@ -79,8 +76,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def update(self) -> None:
-        """Move bias and centroids by the statistics of the whole step. Called once a step, by
-        update_routers()."""
+        """Move bias and centroids by the statistics of the whole step, all micro-batches."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         return logits.new_zeros(())
@@ -89,15 +85,14 @@ class Router(nn.Module):
         self.load += assigned.sum(0)
 
     def statistics(self) -> list[Tensor]:
-        """The buffers that count() fills. update_routers() sums them over all processes, and sets
-        them to zero after update()."""
+        """The buffers that count() fills."""
         return [self.load]
 
 
 @torch.no_grad()
 def update_routers(routers: list[Router]) -> None:
-    """Call once after every optimizer step: the update of all routers, their statistics summed over
-    all processes in one all-reduce. A router in eval mode stays as it is."""
+    """Call once after every optimizer step: sums the statistics of all routers over all processes
+    in one all-reduce, updates the routers, clears the statistics. In eval mode nothing moves."""
     routers = [router for router in routers if router.training]
     statistics = [buffer for router in routers for buffer in router.statistics()]
     if dist.is_initialized() and statistics:
@@ -134,9 +129,8 @@ class LearnedRouter(Router):
     With K = 1 the gate is always 1 and that gradient 0: such a row never learns from the loss.
 
     The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) keeps logits small. Its gradient at z_i,
-    2 logsumexp(z) softmax(z)_i, has the same sign for every i, so a token moves all rows along x
-    the same way: a common mode. Other losses reach z only through a softmax (unless s is a
-    sigmoid), and the gradient at the inputs of a softmax sums to zero: they have none."""
+    2 logsumexp(z) softmax(z)_i, has one sign for all i: a token moves all rows along x the same
+    way. The gradient at the inputs of a softmax, as of the other losses, sums to zero over i."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -163,17 +157,16 @@ class LearnedRouter(Router):
 
 
 class AuxLossRouter(LearnedRouter):
-    """Linear scores, balanced by a loss (Switch Transformers, arXiv 2101.03961, eq. 4; as in
-    OLMoE).
+    """Linear scores, balanced by a loss (Switch Transformers, arXiv 2101.03961, eq. 4).
 
         z, s, S, gates                   as LearnedRouter
         aux_loss = aux_loss_coef * E * sum over i of f_i P_i, plus the z-loss
             f_i = share of the N * K assignments that went to expert i      (no gradient)
             P_i = mean over tokens of s_i / sum over j of s_j               (softmax: sum is 1)
 
-    At perfect balance aux_loss = aux_loss_coef. As f_i is a constant to the gradient, each expert's
-    mean score is pushed down in proportion to its load, the busiest most. Every token sends that
-    gradient, along its x, to every row: it mixes into r_i tokens that expert i never saw."""
+    At perfect balance aux_loss = aux_loss_coef. Each expert's mean score is pushed down in
+    proportion to its load, the busiest most. Every token sends that gradient, along its x, to every
+    row: it mixes into r_i tokens that expert i never saw."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         f = assigned.mean(0) / self.config.top_k                          # (E)
@@ -202,8 +195,7 @@ class LossFreeRouter(LearnedRouter):
 
 class KMeansRouter(Router):
     """Online K-Means: how near is the token to those that went there before? (arXiv 2605.12476).
-    No parameters. The temperature is there as cosines differ little: without it all gates would be
-    near 1/K.
+    No parameters. Cosines differ little: without the temperature all gates would be near 1/K.
 
         s_i = cos(x, c_i)                                        c (E, C) centroids, no gradient
         S = top-K of s + b
