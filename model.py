@@ -435,22 +435,19 @@ def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor | None = None) ->
     return torch.stack(norms)
 
 
-def average_ranks(values: Tensor) -> Tensor:
-    """values (N, E) -> the rank of each value in its column, from 0 (N, E) float64. Equal values
-    share the mean of their ranks: (how many are smaller + how many are not larger - 1) / 2."""
-    columns = values.t().contiguous()                                    # (E, N)
-    ordered = columns.sort(dim=-1).values
-    smaller = torch.searchsorted(ordered, columns)                       # (E, N)
-    not_larger = torch.searchsorted(ordered, columns, right=True)        # (E, N)
-    return (smaller + not_larger - 1).double().t() / 2
-
-
 def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """a, b (N, E) -> (E): the Pearson correlation of the ranks of each column; nan for a
-    constant."""
-    a, b = average_ranks(a), average_ranks(b)
-    a, b = a - a.mean(0), b - b.mean(0)
-    return (a * b).sum(0) / (a.square().sum(0) * b.square().sum(0)).sqrt()
+    """a, b (N, E) -> (E): for each column the Pearson correlation over N of the ranks of a and b;
+    nan for a constant. Equal values share the mean of their ranks."""
+    def ranks(values):  # less their mean
+        columns = values.t().contiguous()                                # (E, N)
+        ordered = columns.sort(dim=-1).values
+        smaller = torch.searchsorted(ordered, columns)                   # (E, N)
+        not_larger = torch.searchsorted(ordered, columns, right=True)    # (E, N)
+        ranks = (smaller + not_larger).double() / 2
+        return ranks - ranks.mean(-1, keepdim=True)
+
+    a, b = ranks(a), ranks(b)
+    return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
 
 
 # ---------------------------------------------------------------- the files of a run
@@ -477,8 +474,8 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     code has trained it. Raises ValueError for a missing, damaged or foreign file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        config = Config(**{field.name: checkpoint["config"][field.name] for field in fields(Config)
-                           if field.name in checkpoint["config"]})
+        config = Config(**{field.name: checkpoint["config"][field.name]
+                           for field in fields(Config)})
         model = SMoETransformer(config)
         model.load_state_dict(checkpoint["model"])
         for key in ("optimizer", "step", "evaluation", "rng", "history", "data_sha256",
