@@ -67,39 +67,7 @@ class Config:
             raise ValueError(f"{name} must be {rule}, not {getattr(self, name)!r}.")
 
 
-class Attention(nn.Module):
-    """Causal multi-head attention with RMSNorm on q and k per head, and RoPE."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.n_head = config.n_head
-        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.q_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=1e-6)
-        self.k_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=1e-6)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, T, C), cos and sin (T, D) -> (B, T, C)."""
-        B, T, C = x.shape
-        # split() and not three slices: the backward pass of each slice would write all 3C columns
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)     # (B, heads, T, D) each
-                   for part in self.qkv_proj(x).split(C, dim=-1))
-        # to(): under autocast RMSNorm and RoPE give float32
-        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)                # (B, heads, T, D)
-        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)                # (B, heads, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # (B, heads, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE, half-split: turns each pair (x_j, x_{j + D/2}) of x (..., T, D) by its position's
-    angle.
-
-        (a, b) -> (a cos - b sin, b cos + a sin)
-
-    The first half of `sin` carries the minus sign."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
-
+# ---------------------------------------------------------------- the idea: one SMoE layer
 
 def experts_by_definition(x, indices, gates, w_gate, w_up, w_down) -> Tensor:
     """What the experts compute, by a loop over them: slow, and the whole idea. (Training calls the
@@ -111,10 +79,10 @@ def experts_by_definition(x, indices, gates, w_gate, w_up, w_down) -> Tensor:
     x (N, C), indices and gates (N, K), w_gate and w_up (E, H, C), w_down (E, C, H) -> y (N, C)."""
     y = torch.zeros_like(x)
     for i in range(len(w_gate)):
-        token, rank = (indices == i).nonzero(as_tuple=True)             # (n) each: who comes to i
+        token, slot = (indices == i).nonzero(as_tuple=True)             # (n) each: who comes to i
         a, b = x[token] @ w_gate[i].t(), x[token] @ w_up[i].t()         # (n, H) each
         out = (F.silu(a) * b) @ w_down[i].t()                           # (n, C)
-        y = y.index_add(0, token, gates[token, rank, None] * out)
+        y = y.index_add(0, token, gates[token, slot, None] * out)
     return y
 
 
@@ -135,24 +103,24 @@ def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Experts(torch.autograd.Function):
-    """The definition without the loop, and with its backward pass written out: that backward pass
-    is the claim of this project.
+    """The definition without the loop, and with its backward pass written out, for two reasons: it
+    shows the coupling, the claim of this project, and it saves only x, a and b, where autograd
+    would keep more for the same gradients. (xs, K copies of the hidden states, is gathered again:
+    the idea of SonicMoE, arXiv 2512.14080.)
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
     float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
-    does all experts. With rows(i) from ends[i-1], or 0, up to ends[i], M = N*K, any widths P and Q:
+    does all experts; with rows = slice(ends[i - 1] or 0, ends[i]), the rows of expert i:
 
-        a (M, P), b (E, P, Q):  out[rows(i)] = a[rows(i)] @ b[i]          (M, Q)
-        a (P, M), b (M, Q):     out[i] = a[:, rows(i)] @ b[rows(i)]       (E, P, Q)
+        A (N*K, P), B (E, P, Q):      out[rows] = A[rows] @ B[i]           (N*K, Q)
+        A (P, N*K), B (N*K, Q):       out[i] = A[:, rows] @ B[rows]        (E, P, Q)
 
     Rows are only gathered, never added atomically, so the same call gives the same bits. The gate
-    multiplies h (H wide) and not the expert's output (C wide): the same result for less work. Of
-    the activations only x, a and b are saved; xs, K copies of the hidden states, is gathered again
-    in the backward pass (the idea of SonicMoE, arXiv 2512.14080)."""
+    multiplies h (H wide) and not the expert's output (C wide): the same result for less work."""
 
     @staticmethod
     def forward(ctx, x, gates, w_gate, w_up, w_down, order, inverse, ends):
-        token = order // gates.shape[1]                                  # (N*K)
+        token = order // gates.shape[1]                                  # (N*K) t of t * K + k
         xs = x.index_select(0, token)                                    # (N*K, C) dispatch
         gate = gates.flatten()[order, None].to(x.dtype)                  # (N*K, 1)
         a = grouped_mm(xs, w_gate.transpose(1, 2), offs=ends)            # (N*K, H) experts
@@ -171,16 +139,17 @@ class Experts(torch.autograd.Function):
 
         dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
         dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H) for gate * h
-        # autograd takes it on to the logits; times x_t, it becomes the gradient of the router row
+        # d_i of the README; autograd takes it on to the logits and, times x_t, to the router rows
         dgates = (dgh * h).sum(1, dtype=torch.float32)[inverse]          # (N, K)
         dh = gate * dgh                                                  # (N*K, H)
         da = torch.ops.aten.silu_backward(dh * b, a)                     # (N*K, H)
         db = dh * silu                                                   # (N*K, H)
 
-        # the geometric coupling: all three are sums over the tokens t of expert i of (scalar) * x_t
+        # the geometric coupling: sums over the tokens t of expert i of (scalar) * x_t
         #     row j of dW_gate_i      sum of da_tj x_t
         #     row j of dW_up_i        sum of db_tj x_t
-        #     router row r_i          sum of dz_ti x_t, where autograd makes dz of dgates
+        # as, for a learned router and the language-model loss, is the gradient of row r_i: the sum
+        # of dz_ti x_t, in which autograd makes dz, at the logits, of dgates
         dw_gate = weight_gradient(da, xs, ends)                          # (E, H, C)
         dw_up = weight_gradient(db, xs, ends)                            # (E, H, C)
         dw_down = weight_gradient(dys, gate * h, ends)                   # (E, C, H)
@@ -192,8 +161,8 @@ class Experts(torch.autograd.Function):
 def weight_gradient(d_out: Tensor, inputs: Tensor, ends: Tensor) -> Tensor:
     """d_out (N*K, P), inputs (N*K, Q) -> (E, P, Q): for each expert, d_out^T inputs on its rows."""
     gradient = grouped_mm(d_out.t(), inputs, offs=ends)
-    # an expert without rows is ordinary here, and grouped_mm may leave what lay in memory: seen in
-    # bfloat16 on B200 (pytorch issue 172439)
+    # an expert without rows is ordinary here, and grouped_mm may leave what lay in memory: reported
+    # in bfloat16 on B200 (pytorch issue 172439)
     empty = ends.diff(prepend=ends.new_zeros(1)) == 0                    # (E)
     return gradient.masked_fill_(empty[:, None, None], 0.0)
 
@@ -230,6 +199,42 @@ class SMoE(nn.Module):
         y = Experts.apply(x.to(dtype), gates, self.w_gate.to(dtype), self.w_up.to(dtype),
                           self.w_down.to(dtype), order, inverse, ends)
         return y.view(B, T, C), aux_loss
+
+
+# ---------------------------------------------------------------- the transformer around it
+
+class Attention(nn.Module):
+    """Causal multi-head attention with RMSNorm on q and k per head, and RoPE."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv_proj = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.q_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=1e-6)
+        self.k_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=1e-6)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, C), cos and sin (T, D) -> (B, T, C)."""
+        B, T, C = x.shape
+        # split() and not three slices: the backward pass of each slice would write all 3C columns
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)     # (B, heads, T, D) each
+                   for part in self.qkv_proj(x).split(C, dim=-1))
+        # to(): under autocast RMSNorm and RoPE give float32
+        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)                # (B, heads, T, D)
+        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)                # (B, heads, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # (B, heads, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE, half-split: turns each pair (x_j, x_{j + D/2}) of x (..., T, D) by its position's
+    angle.
+
+        (a, b) -> (a cos - b sin, b cos + a sin)
+
+    The first half of `sin` carries the minus sign."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Block(nn.Module):

@@ -1,12 +1,12 @@
-"""Three routers for a sparse mixture of experts, side by side.
+"""Three routers for a sparse mixture of experts and a control, side by side.
 
 A router looks at the hidden state of a token and sends the token to the top_k best of n_expert
 experts. Every router here is the same four verbs in the same order:
 
     score     how well does each expert fit each token?            (N, C) -> (N, E)
     select    which K experts does the token go to?                (N, E) -> (N, K)
-    gate      how much does each of the K count? (sums to 1)       (N, K)
-    update    once after each optimizer step: move what no gradient moves
+    gate      how much does each of the K count? (sums to 1)       logits (N, K) -> (N, K)
+    update    once after each optimizer step: move what no gradient moves, by what count() saw
 
 They differ in where the scores come from and in what keeps the load even:
 
@@ -124,13 +124,13 @@ class LearnedRouter(Router):
         aux_loss = z_loss_coef * mean over tokens of logsumexp(z)^2           (0 by default)
 
     The gates are normalised over S, so the language-model loss has a gradient on the selected rows
-    only. For one token that gradient is (scalar) * x, and so are those of the neuron rows of the
-    selected expert's W_gate and W_up: router and expert move along the same tokens. The coupling.
+    only. For one token that gradient is (scalar) * x, and so are those of the rows of the selected
+    expert's W_gate and W_up: router row and expert move along the same tokens. The coupling.
     With K = 1 the gate is always 1 and that gradient 0: such a row never learns from the loss.
 
     The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) keeps logits small. Its gradient at z_i,
     2 logsumexp(z) softmax(z)_i, has one sign for all i: a token moves all rows along x the same
-    way. The gradient at the inputs of a softmax, as of the other losses, sums to zero over i."""
+    way. The other losses pass a softmax (if that is score_fn): their gradient sums to 0 over i."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -164,9 +164,11 @@ class AuxLossRouter(LearnedRouter):
             f_i = share of the N * K assignments that went to expert i      (no gradient)
             P_i = mean over tokens of s_i / sum over j of s_j               (softmax: sum is 1)
 
-    At perfect balance aux_loss = aux_loss_coef. Each expert's mean score is pushed down in
-    proportion to its load, the busiest most. Every token sends that gradient, along its x, to every
-    row: it mixes into r_i tokens that expert i never saw."""
+    f is that of one forward pass, of one micro-batch on one process. At perfect balance aux_loss =
+    aux_loss_coef, and its gradient is 0. Else, with softmax scores, at logit i of token t it is
+        aux_loss_coef * E / N * s_ti (f_i - sum over j of f_j s_tj):
+    busy experts go down, idle ones up. Every token sends that, along its x, to every row: it mixes
+    into r_i tokens that expert i never saw."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         f = assigned.mean(0) / self.config.top_k                          # (E)
@@ -195,7 +197,8 @@ class LossFreeRouter(LearnedRouter):
 
 class KMeansRouter(Router):
     """Online K-Means: how near is the token to those that went there before? (arXiv 2605.12476).
-    No parameters. Cosines differ little: without the temperature all gates would be near 1/K.
+    No parameters: the gradient of the gates goes on to x alone. Cosines differ little: without the
+    temperature all gates would be near 1/K.
 
         s_i = cos(x, c_i)                                        c (E, C) centroids, no gradient
         S = top-K of s + b

@@ -195,8 +195,8 @@ def set_up(c: TrainConfig) -> Machine:
                    torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), rank, world_size)
 
 
-def total(tensor: torch.Tensor) -> torch.Tensor:
-    """Summed over all processes, in place."""
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """-> the same tensor, summed in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -240,7 +240,8 @@ def learning_rate(step: int, c: TrainConfig) -> float:
 def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> torch.Tensor:
     """One optimizer step over this process's micro-batches [(x, y)] -> (2) mean loss and aux_loss.
     In bfloat16 on H100, H200 or B200 nothing here waits for the device, so its queue never runs
-    dry; elsewhere grouped_mm has no kernel of its own and reads `ends` on the host."""
+    dry; elsewhere grouped_mm, by its source, has no kernel of its own and reads `ends` on the
+    host."""
     losses = []
     for i, (x, y) in enumerate(batches):
         if isinstance(model, DDP):  # the gradients travel once a step, with the last micro-batch
@@ -268,8 +269,8 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
             data, n_tokens, rank=machine.rank, world_size=machine.world_size, **where))
         coupling = coupling_spearman(model, eval_batches(data, 2048, **where))
     model.train()
-    loads = total(loads).cpu()                                           # (n_layer, E)
-    sums = total(torch.tensor([loss, n], dtype=torch.double, device=machine.device))
+    loads = sum_over_processes(loads).cpu()                                           # (n_layer, E)
+    sums = sum_over_processes(torch.tensor([loss, n], dtype=torch.double, device=machine.device))
     val_loss = (sums[0] / sums[1]).item()
     load_std, max_violation = load_balance(loads)                        # (n_layer) each
     similarity = torch.stack([router_similarity(r.directions) for r in model.routers()])
@@ -546,14 +547,15 @@ def main(argv: list[str]) -> None:
             bar.update()
 
             # was any process asked to stop? (A tensor on the CPU: this does not wait for the GPU.)
-            stop = bool(total(torch.tensor(len(signals))))
+            stop = bool(sum_over_processes(torch.tensor(len(signals))))
 
             # measure, once in a while
             last, evaluation = step == c.max_iters, None
             evaluating = last or step % c.eval_interval == 0
             if not (stop or evaluating or step % c.log_interval == 0):
                 continue
-            train_loss, aux_loss = (total(losses) / world_size).tolist()  # waits for the device
+            # this waits for the device
+            train_loss, aux_loss = (sum_over_processes(losses) / world_size).tolist()
             speed = (step - start_step) * tokens / (time.perf_counter() - start)
             record = {"step": step, "train_loss": train_loss, "aux_loss": aux_loss,
                       "lr": lr, "tokens_per_s": speed,
