@@ -235,6 +235,9 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
             if not (meta["n_train"] and meta["n_val"]):
                 raise ValueError(f"{dataset} is too small to split: it makes {summary}; give more "
                                  "text, or join it into one file.")
+            if target.exists():
+                raise ValueError(f"another process has made {target} meanwhile; use that, or pass "
+                                 "another --name.")
             folder.rename(target)
     except OSError as error:
         raise OSError(f"{target} could not be made ({error}): make room on the disk or correct the "

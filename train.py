@@ -315,7 +315,11 @@ def open_data(c: TrainConfig, machine: Machine):
     if they are missing."""
     folder = Path("data", c.dataset)
     if c.dataset in ("stdlib", "python") and not folder.exists() and machine.rank == 0:
-        prepare(c.dataset)
+        try:
+            prepare(c.dataset)
+        except (ValueError, OSError):
+            if not folder.exists():  # else another run, started at the same time, was faster
+                raise
     if machine.world_size > 1:
         dist.barrier()
     return open_dataset(folder, c.block_size, c.vocab_size)
