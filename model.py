@@ -13,6 +13,7 @@ RMSNorm on each head of q and k, no biases, no dropout, an untied head. No exper
 above which it drops tokens, as in some mixtures: every token reaches its K experts."""
 import colorsys
 import hashlib
+import inspect
 import json
 import sys
 import textwrap
@@ -59,7 +60,8 @@ class Config:
                        "a multiple of 8 (grouped_mm wants rows of 16 bytes, in bfloat16 too)")
         self.check(1 <= self.top_k <= self.n_expert, "top_k",
                    f"from 1 to n_expert = {self.n_expert}")
-        self.check(self.router in ROUTERS, "router", f"one of {', '.join(ROUTERS)}")
+        self.check(self.router in ROUTERS, "router",
+                   f"one of {', '.join(ROUTERS)} or of what your script registers")
         self.check(self.score_fn in ("softmax", "sigmoid"), "score_fn", "softmax or sigmoid")
 
     def check(self, ok: bool, name: str, rule: str) -> None:
@@ -460,17 +462,24 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 # settings that change nothing but rounding: --resume may change them, analyze.py averages over them
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "eval_interval",
               "log_interval"}
-SOURCES = [Path(__file__).with_name(name) for name in (
-    "routers.py", "model.py", "prepare_data.py", "train.py")]
-CODE = b"".join(file.read_bytes() for file in SOURCES if file.exists())  # as it was imported
+FILES = [Path(__file__).resolve().with_name(f"{name}.py")
+         for name in ("routers", "model", "prepare_data", "train")]
+CODE = "".join(file.read_text() for file in FILES if file.exists())  # as it was imported
 
 
 def code_sha256(router: str) -> str:
-    """Of the code that makes a run what it is, beside its settings: the four files and, of a router
-    of your own, the file that it stands in."""
-    file = getattr(sys.modules[ROUTERS[router].__module__], "__file__", None)  # None: a notebook
-    own = Path(file).read_bytes() if file and ROUTERS[router].__module__ != "routers" else b""
-    return hashlib.sha256(CODE + own).hexdigest()
+    """Of the code that makes a run what it is, beside its settings: the four files and what you
+    wrote, the script that starts the run and those that have the router and its base classes."""
+    sources, script = {CODE}, Path(sys.argv[0]).resolve()
+    if script.suffix == ".py" and script not in [*FILES, FILES[0].with_name("analyze.py")] and (
+            "site-packages" not in script.parts):
+        sources.add(script.read_text())
+    for cls in ROUTERS[router].__mro__:
+        if cls.__module__ not in ("routers", "builtins", nn.Module.__module__):
+            file = Path(getattr(sys.modules[cls.__module__], "__file__", None) or "")
+            with suppress(OSError, TypeError):  # a notebook keeps its cells, a shell nothing
+                sources.add(file.read_text() if file.is_file() else inspect.getsource(cls))
+    return hashlib.sha256("".join(sorted(sources)).encode()).hexdigest()
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
@@ -479,23 +488,24 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     code has trained it. Raises ValueError for a missing, damaged or foreign file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        config = Config(**{field.name: checkpoint["config"][field.name]
-                           for field in fields(Config)})
-        model = SMoETransformer(config)
-        model.load_state_dict(checkpoint["model"])
+        settings = {field.name: checkpoint["config"][field.name] for field in fields(Config)}
         for key in ("optimizer", "step", "evaluation", "rng", "history", "data_sha256",
                     "val_sha256", "code_sha256", "tokenizer"):
             checkpoint[key]  # KeyError if it is missing
-    except FileNotFoundError:
+        if settings["router"] in ROUTERS:  # else Config says, below, that it is not registered
+            model = SMoETransformer(Config(**settings))
+            model.load_state_dict(checkpoint["model"])
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not there; name the folder of a run.") from None
     except Exception as error:  # a damaged file can raise nearly anything
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})."
                          ) from None
+    config = Config(**settings)
     if checkpoint["code_sha256"] != code_sha256(config.router):
         print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
-              "prepare_data.py, train.py or your router): where they compute other things, what "
-              "follows is of neither.", file=sys.stderr)
+              "prepare_data.py, train.py or a script of yours): where they compute other things, "
+              "what follows is of neither.", file=sys.stderr)
     return model, checkpoint
 
 

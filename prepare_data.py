@@ -78,8 +78,9 @@ def printable(tokenizer, ids):
 def open_corpus(dataset, glob, val_fraction, data_root):
     """-> generator of the pieces of a built-in data set, or of a text file or folder."""
     path = Path(dataset).expanduser()
-    if glob and (dataset in DATASETS or not path.is_dir()):
-        raise ValueError(f"--glob picks files inside a folder, but {dataset} is not a folder.")
+    if glob and (dataset in DATASETS or not path.is_dir() or Path(glob).is_absolute()):
+        raise ValueError(f"--glob picks files inside a folder: {glob} does not, or {dataset} is "
+                         "none.")
     if dataset == "fineweb-edu":
         return stream_fineweb_edu(val_fraction)
     if dataset in ("stdlib", "python"):
@@ -362,6 +363,21 @@ def cli(main):
         sentence, code = "interrupted.", 130
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     sys.exit(code)
+
+
+def lock(folder):
+    """-> the locked file folder/lock: while it is open, no other process gets it. ValueError: one
+    has it."""
+    file = open(folder / "lock", "a")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
+    except BlockingIOError:
+        raise ValueError(f"another process writes to {folder} right now; wait for its end, or name "
+                         "another --out_dir.") from None
+    except (ImportError, OSError):
+        pass  # Windows and some network disks have no such lock
+    return file
 
 
 def main(argv):

@@ -21,7 +21,7 @@ import signal
 import statistics
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +35,8 @@ from model import (
     INCIDENTAL, ROUTERS, Config, SMoETransformer, code_sha256, coupling_spearman, load_balance,
     load_checkpoint, read_log, router_similarity, validate)
 from prepare_data import (
-    Parser, cli, eval_batches, get_batch, get_tokenizer, open_dataset, prepare, printable)
+    Parser, cli, eval_batches, get_batch, get_tokenizer, lock, open_dataset, prepare,
+    printable)
 from routers import update_routers
 
 
@@ -62,7 +63,7 @@ class TrainConfig(Config):
     final_eval_tokens: int = 524288       # in the last evaluation; stdlib has 420k: all of them
     log_interval: int = 10                # steps from one line of the log to the next
     learning_rate: float = 1e-3           # after the warm-up; a cosine takes it down to a tenth
-    warmup_iters: int = 100               # steps of linear warm-up
+    warmup_iters: int = 100               # steps of linear warm-up; at most half of all steps
     weight_decay: float = 0.1             # on matrices; norm weights have none
     beta1: float = 0.9                    # AdamW
     beta2: float = 0.95                   # AdamW
@@ -90,7 +91,7 @@ class TrainConfig(Config):
                    "bfloat16 with --compile")
         self.check(not (self.resume and self.overwrite), "overwrite", "left out with --resume")
         # kmeans with --score_fn=sigmoid would pass for a result about sigmoid scores
-        own = ROUTERS[self.router].__module__ != "routers"
+        own = self.router not in (*LEARNED, "kmeans")
         for name, routers in READ_BY.items():
             default = getattr(Config, name)
             self.check(self.router in routers or own or getattr(self, name) == default, name,
@@ -230,9 +231,10 @@ def make_optimizer(model: SMoETransformer, c: TrainConfig) -> torch.optim.AdamW:
 
 def learning_rate(step: int, c: TrainConfig) -> float:
     """Of step 1 .. max_iters: linear warm-up, then half a cosine down to a tenth of the peak."""
-    if step <= c.warmup_iters:
-        return c.learning_rate * step / c.warmup_iters
-    done = (step - c.warmup_iters) / (c.max_iters - c.warmup_iters)
+    warmup = min(c.warmup_iters, c.max_iters // 2)
+    if step <= warmup:
+        return c.learning_rate * step / warmup
+    done = (step - warmup) / (c.max_iters - warmup)
     low = c.learning_rate / 10
     return low + (c.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -277,7 +279,9 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     metrics = {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700.0)),  # no infinity
                "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
                "router_similarity": similarity.mean().item(),
-               "coupling_spearman": coupling.mean().item(), "val_tokens": int(sums[1])}
+               # nan: a single expert's score is constant
+               "coupling_spearman": coupling.mean().nan_to_num().item(),
+               "val_tokens": int(sums[1])}
     return metrics, {"val_loss": val_loss, "tokens": int(sums[1]), "load": loads}
 
 
@@ -287,21 +291,13 @@ def claim(out_dir: Path, c: TrainConfig):
     """-> a locked file: until it is closed, no other run can be in out_dir. Raises ValueError for a
     folder that another run is in, or has been in."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    file = open(out_dir / "lock", "a")
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
-    except BlockingIOError:
-        raise ValueError(f"another run writes to {out_dir} right now; wait for its end, or name "
-                         "another --out_dir.") from None
-    except (ImportError, OSError):
-        pass  # Windows and some network disks have no such lock
+    file = lock(out_dir)
     if c.resume or not ((out_dir / "ckpt.pt").exists() or (out_dir / "log.jsonl").exists()):
         return file
     if not c.overwrite:
-        raise ValueError(f"{out_dir} already holds a run; pass --resume to go on with it, "
-                         "--overwrite to start anew, which renames that folder, or another "
-                         "--out_dir.")
+        go_on = "--resume to go on with it, " if (out_dir / "ckpt.pt").exists() else ""
+        raise ValueError(f"{out_dir} already holds a run; pass {go_on}--overwrite to start anew, "
+                         "which renames that folder, or another --out_dir.")
     n = 1
     while (old := out_dir.with_name(f"{out_dir.name}.old-{n}")).exists():
         n += 1
@@ -440,7 +436,8 @@ def stop_requests():
 
     def note(number, frame):
         signals.append(number)
-        os.write(2, b"\nstopping after this step\n")  # print is not safe in a handler
+        with suppress(OSError):  # whoever read it may be gone; print is not safe in a handler
+            os.write(2, b"\nstopping after this step\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -502,7 +499,7 @@ def main(argv: list[str]) -> None:
     machine, code, out_dir = set_up(c), code_sha256(c.router), Path(c.out_dir)
     device, dtype, autocast, rank, world_size = machine
     master, log_path, checkpoint_path = rank == 0, out_dir / "log.jsonl", out_dir / "ckpt.pt"
-    lock = claim(out_dir, c) if master else None  # it holds while this file is open
+    claimed = claim(out_dir, c) if master else None  # it holds while this file is open
     data = open_data(c, machine)
     torch.manual_seed(c.seed)  # the same weights on every rank
     if loaded:
@@ -510,7 +507,10 @@ def main(argv: list[str]) -> None:
         # the log forgets what came after the checkpoint
         metrics, records = {}, [record for record in read_log(log_path) if record["step"] <= step]
         if master and loaded[1]["evaluation"]:  # a finished run, which goes on, keeps its result
-            shutil.copyfile(checkpoint_path, out_dir / f"ckpt.step-{step}.pt")
+            kept = out_dir.with_name(f"{out_dir.name}.step-{step}")
+            kept.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint_path, kept / "ckpt.pt")
+            print(f"The run as it was finished is kept in {kept}.")
     else:
         raw_model = SMoETransformer(c).to(device)
         optimizer, step, history = make_optimizer(raw_model, c), 0, []
