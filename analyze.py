@@ -82,8 +82,6 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     float32 and eval mode: nothing moves. Its perplexity and load are those of its own last
     evaluation. Raises ValueError for a run that cannot be measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise ValueError("its weights are not finite; train it again with a lower learning rate.")
     c, step, evaluation = model.config, checkpoint["step"], checkpoint["evaluation"]
     settings = checkpoint["config"] | MEASURED_BY | {  # history: what a --resume has changed
         key: str(checkpoint[key]) for key in (
@@ -111,8 +109,8 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         "perplexity": math.exp(min(evaluation["val_loss"], 700.0)),
         "val_tokens": evaluation["tokens"],
         # without the last evaluation, which is on more tokens than the others
-        "log": [record for record in log if record.get("val_tokens") == log[0].get("val_tokens")]}
-    about |= logit_gradients(model, *next(iter(batches(1024))))
+        "log": [record for record in log if record.get("val_tokens") == log[0].get("val_tokens")],
+        "unrouted_gradient_share_by_layer": gradient_shares(model, *next(iter(batches(1024))))}
     try:
         encoding = get_tokenizer(checkpoint["tokenizer"])
         text = lambda token: printable(encoding, [token]) or f"<{token}>"
@@ -141,8 +139,8 @@ def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
                    rows[depth], loads[depth]) for depth, block in enumerate(model.blocks)]
 
 
-def logit_gradients(model, idx: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """One batch (B, T) -> by layer, the unrouted_gradient_share of d(loss + aux_loss) / d(router
+def gradient_shares(model, idx: Tensor, targets: Tensor) -> Tensor:
+    """One batch (B, T) -> (n_layer) the unrouted_gradient_share of d(loss + aux_loss) / d(router
     logits); nan where no gradient moves the router."""
     with watch(model) as seen:
         _, loss, aux_loss = model(idx, targets)
@@ -152,14 +150,14 @@ def logit_gradients(model, idx: Tensor, targets: Tensor) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(loss + aux_loss, logits, materialize_grads=True)
     else:  # centroids take no gradient: 0, and not what passes through the logits to x
         gradients = [torch.zeros_like(values) for values in logits]
-    return {"unrouted_gradient_share_by_layer": torch.stack([
-        unrouted_gradient_share(g, r.indices) for g, r in zip(gradients, routings)])}
+    return torch.stack([unrouted_gradient_share(gradient, routing.indices)
+                        for gradient, routing in zip(gradients, routings)])
 
 
 # ---------------------------------------------------------------- observe: a transformers model
 
 class Mixture(NamedTuple):
-    """Where a transformers model keeps the parts of one SMoE layer; none of them is a copy."""
+    """The parts of one SMoE layer of a transformers model; none of them is a copy."""
     depth: int
     experts: torch.nn.Module  # is called with hidden states (N, C), indices (N, K), gates (N, K)
     rows: Tensor              # (E, C) of the router
@@ -225,8 +223,7 @@ def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
 
 
 def load_hf(folder: Path, dtype: str) -> tuple:
-    """-> (model, tokenizer) of a folder, or of a name on the hub. Raises ValueError for what cannot
-    be read or is not whole."""
+    """-> (model, tokenizer). Raises ValueError for what cannot be read or is not whole."""
     try:
         import transformers
     except ImportError:
@@ -265,9 +262,8 @@ def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor
 
 @torch.no_grad()
 def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype: str) -> Observed:
-    """The transformers model in `folder`, or of that name on the hub, at work on n_tokens tokens
-    of a text. The model computes in its own dtype (auto) or another, the metrics get float32; no
-    weights are copied. Raises ValueError for what is no such model."""
+    """The transformers model in `folder`, or of that name on the hub, on n_tokens tokens of a text.
+    Raises ValueError for what is no mixture of experts."""
     model, tokenizer = load_hf(folder, dtype)
     mixtures, c = find_mixtures(model.to(device)), model.config.get_text_config()
     if not mixtures:
@@ -435,11 +431,8 @@ def favourite_tokens(tokens: Tensor, experts: Tensor, E: int, text: Callable) ->
     lift = counts / counts.sum(1, keepdim=True) / (counts.sum(0) / counts.sum())
     lift = lift.masked_fill(counts.sum(1, keepdim=True) < 20, 0.0).nan_to_num()
     best = lift.topk(min(5, len(ids)), dim=0)                            # (5, E)
-
-    def written(token: int) -> str:  # as one can see it: \n, ␣, def
-        return text(token).replace("\n", "\\n").replace(" ", "␣")
-
-    return [[written(ids[i].item()) for value, i in zip(values, places) if value > 1]
+    return [[text(ids[i].item()).replace("\n", "\\n").replace(" ", "␣")  # as one can see them
+             for value, i in zip(values, places) if value > 1]
             for values, places in zip(best.values.t(), best.indices.t())]
 
 
@@ -502,6 +495,7 @@ COLUMNS = {  # header: keys
     "alignment matched (mismatched)": ("alignment_matched", "alignment_mismatched"),
     "token information, bits (ceiling)": ("token_information", "expert_entropy"),
     "unrouted gradient share": ("unrouted_gradient_share",)}
+OTHER_TEXT = {"val_sha256", "block_size", "final_eval_tokens"}  # makes perplexities incomparable
 ROUTER_STYLES = {  # colour (Okabe-Ito), line, marker: each tells them apart, in grey too
     "aux": ("#E69F00", "--", "s"), "lossfree": ("#0072B2", "-", "o"),
     "kmeans": ("#009E73", "-.", "^"), "none": ("#000000", ":", "D")}
@@ -599,20 +593,20 @@ def differing_settings(groups: list[Group]) -> str:
             parts.append(", ".join(f"{key} {value} ({', '.join(labels[value])})"
                                    for value in others) + f", else {usual}")
     line = f"Settings that differ: {'; '.join(parts) or 'router and seed alone'}."
-    if {"val_sha256", "block_size", "final_eval_tokens"} & found.keys():
+    if OTHER_TEXT & found.keys():
         line += " So perplexities are of different texts or windows, and not comparable."
     return line
 
 
 def paired_differences(groups: list[Group]) -> list[str]:
     """Perplexity in per cent, paired by seed, mean difference ± its standard error, for each two
-    groups that share seeds and differ in one thing alone: the router, z_loss_coef or score_fn."""
+    groups that share seeds and differ in one setting alone."""
     lines = []
     for b, a in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in a.runs for y in b.runs
                  if x["seed"] == y["seed"]]
-        if len(pairs) > 1 and differing([a, b]).keys() in (
-                {"router"}, {"z_loss_coef"}, {"score_fn"}):
+        different = differing([a, b]).keys()
+        if len(pairs) > 1 and len(different) == 1 and not different & OTHER_TEXT:
             percent = [100 * (x / y - 1) for x, y in pairs]
             error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
             lines.append(f"perplexity, {a.label} - {b.label}: {np.mean(percent):+.2f} ± "
@@ -672,8 +666,7 @@ def plain_numbers(axis) -> None:
 
 
 def add_legend(fig, ax) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", fontsize=9, ncols=5)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", fontsize=9, ncols=5)
 
 
 def draw_coupling(fig, groups) -> None:
@@ -780,16 +773,14 @@ def draw_experts(fig, groups) -> None:
     shown = list(panels.values())[:4]  # the first of each router
     if not shown:
         return
-    fig.set_layout_engine("none")
-    grid = fig.add_gridspec(len(shown), 2, left=0.02, right=0.98, top=0.86, bottom=0.02,
-                            width_ratios=(65, 30), wspace=0.02)
+    grid = fig.add_gridspec(len(shown), 2, width_ratios=(65, 30))
     mono = dict(family="DejaVu Sans Mono", va="center_baseline")
     for i, group in enumerate(shown):
         run = group.runs[0]
         ax, colors = fig.add_subplot(grid[i, 0]), expert_colors(run["n_expert"])
         ax.set(xlim=(0, 70), ylim=(8, 0))
         ax.set_title(f"{group.label}, layer {run['middle_depth']} of 0 to {run['depth'][-1]}",
-                     fontsize=10, loc="left", pad=2)
+                     fontsize=10, loc="left")
         for y, line in enumerate(run["text"]):
             x = 0
             for text, expert in line:
@@ -798,12 +789,10 @@ def draw_experts(fig, groups) -> None:
                         linewidth=0.4)
                 ax.text(x, y + 0.5, text, size=10, **mono)  # 70 characters fill the panel
                 x += len(text)
-    fig.text(0.02, 0.92, "Each token on the colour of the expert it goes to first. Colours compare "
-             "within one panel only.", fontsize=10)
     ax = fig.add_subplot(grid[:, 1])  # of the last group, in its colours
     ax.set(xlim=(0, 34), ylim=(len(colors), 0))
     ax.set_title(f"Tokens that each expert of {group.label}\ngets most above its share (best "
-                 "first)", fontsize=10, loc="left", pad=2)
+                 "first)", fontsize=10, loc="left")
     for expert, (color, texts) in enumerate(zip(colors, run["favourite_tokens"])):
         ax.barh(expert + 0.5, 3, 0.92, color=color)
         texts = "  ".join(text[:10] for text in texts)
@@ -822,7 +811,8 @@ FIGURES = {  # file: what draws it, its title, height in inches
     "common_mode.png": (draw_common_mode, "Alike for a common reason: directions that share the "
                         "mean hidden state", 4),
     "training.png": (draw_training, "What training does to perplexity, balance and coupling", 5.8),
-    "experts.png": (draw_experts, "Sorted by token: where one token keeps one colour", 6.6)}
+    "experts.png": (draw_experts, "Sorted by token: where one token keeps one colour, that of the "
+                    "expert it goes to first\n(colours compare within one panel only)", 6.6)}
 
 
 def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:

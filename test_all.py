@@ -1569,7 +1569,9 @@ def test_differences_in_perplexity_are_paired_by_seed():
     assert analyze.paired_differences(groups) == [
         "perplexity, lossfree - aux: +1.50 ± 0.50 % (paired by seed, n = 2)"]
     runs |= {f"other-{seed}": a_run(4.0, seed, router="none", top_k=4) for seed in aux}
-    assert len(analyze.paired_differences(analyze.group_runs(runs))) == 1  # two things differ
+    runs |= {f"long-{seed}": a_run(4.0, seed, block_size=32) for seed in aux}
+    # two things differ, or the windows do
+    assert len(analyze.paired_differences(analyze.group_runs(runs))) == 1
 
 
 # ---------------------------------------------------------------- a model under observation
@@ -1580,8 +1582,8 @@ def test_differences_in_perplexity_are_paired_by_seed():
     ("none", {"score_fn": "sigmoid"}, False), ("kmeans", {}, None)])
 def test_only_an_auxiliary_loss_reaches_experts_that_a_token_does_not_go_to(
         router, changes, reached):
-    found = analyze.logit_gradients(make_model(router=router, **changes).eval(), *tokens())
-    for share in found["unrouted_gradient_share_by_layer"]:  # nan: there is no gradient
+    found = analyze.gradient_shares(make_model(router=router, **changes).eval(), *tokens())
+    for share in found:  # nan: there is no gradient
         assert share.isnan() if reached is None else 0 < share < 1 if reached else share == 0
 
 
@@ -1599,29 +1601,6 @@ def test_a_layer_is_what_router_and_experts_do_whatever_the_batches():
             x, block.moe.w_gate, block.moe.w_up))
         torch.testing.assert_close(layer.mean, x.mean(0))
         torch.testing.assert_close(layer.energy, x.square().sum(1).mean())
-
-
-class OwnRouter(ROUTERS["aux"]):
-    """The same router, but its parameter is not called `weight`."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.rows = self._parameters.pop("weight")
-
-    directions = property(lambda self: self.rows)
-
-    def score(self, x):
-        logits = x @ self.rows.t()
-        return logits, logits.softmax(-1)
-
-
-def test_an_own_routers_gradient_is_measured_whatever_its_parameter_is_called(monkeypatch):
-    monkeypatch.setitem(ROUTERS, "own", OwnRouter)
-    own, aux = make_model(router="own").eval(), make_model(router="aux").eval()
-    for mine, other in zip(own.parameters(), aux.parameters()):
-        mine.data.copy_(other.data)
-    for key, found in analyze.logit_gradients(own, *tokens()).items():
-        torch.testing.assert_close(found, analyze.logit_gradients(aux, *tokens())[key])
 
 
 # ---------------------------------------------------------------- the command, end to end
@@ -1737,16 +1716,13 @@ def test_broken_runs_get_a_sentence_each_and_the_others_are_done(workplace, tmp_
     (tmp_path / "garbage").mkdir()
     (tmp_path / "garbage" / "ckpt.pt").write_bytes(b"not a checkpoint")
     change_checkpoint(source, tmp_path / "own", config=checkpoint["config"] | {"router": "mine"})
-    checkpoint["model"]["norm.weight"][0] = math.nan
-    change_checkpoint(source, tmp_path / "diverged", model=checkpoint["model"])
     (tmp_path / "a.json").write_text("{}[")
     done = run_script("analyze.py", *(tmp_path / name for name in (
-        "garbage", "own", "diverged", "a.json", "missing")), source, "--tokens=64",
+        "garbage", "own", "a.json", "missing")), source, "--tokens=64",
         f"--out_dir={tmp_path}", cwd=workplace)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     for line, sentence in zip(done.stderr.splitlines(), (
-            "not a metrics.json", "damaged", "router must be one of", "not finite",
-            "is not there"), strict=True):
+            "not a metrics.json", "damaged", "router must be one of", "is not there"), strict=True):
         assert "is left out: " in line and sentence in line
         assert "--" not in line  # no advice to pass a flag, as analyze.py has none for this
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
