@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -122,8 +121,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
 
 @torch.no_grad()
 def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
-    """batches of idx and targets (B, T), loads (n_layer, E) -> tokens (N), a Layer for each
-    block."""
+    """batches of idx and targets (B, T), loads (n_layer, E) -> tokens (N), the layers."""
     tokens, rows = [], [[] for _ in model.blocks]
     with watch(model) as seen:
         for idx, targets in batches:
@@ -195,16 +193,14 @@ def find_mixtures(model) -> list[Mixture]:
 
 
 def see(mixture: Mixture, x: Tensor, indices: Tensor, gates: Tensor) -> tuple:
-    """What the experts are called with, n tokens -> a row for make_layer, in float32. It converts
-    the weights of one expert at a time; their bias is one more column: W x + b = (W, b) (x, 1)."""
+    """What the experts are called with, n tokens -> a row for make_layer, in float32."""
     x, indices, gates = x.flatten(0, -2).float(), indices.flatten(0, -2), gates.flatten(0, -2)
     logits = F.linear(x, mixture.rows.float(), mixture.bias.float())     # (n, E)
     scores = router_scores(logits, indices, gates.float())               # (n, E)
     best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (n, K)
-    x1 = F.pad(x, (0, 1), value=1.0)                                     # (n, C + 1)
-    activations = [expert_activations(x1, torch.cat([w, b[:, None]], dim=1).float()[None])
-                   for w, b in zip(mixture.w_gate, mixture.b_gate)]      # E of (1, n, 1)
-    return (scores, indices.gather(1, best), torch.cat(activations, dim=2), x.sum(0),
+    activations = [F.linear(x, w.float(), b.float()).norm(dim=1)  # of one expert at a time
+                   for w, b in zip(mixture.w_gate, mixture.b_gate)]      # E of (n)
+    return (scores, indices.gather(1, best), torch.stack(activations, dim=1)[None], x.sum(0),
             x.square().sum())
 
 
@@ -511,13 +507,12 @@ class Group(NamedTuple):
     style: dict       # color, linestyle, marker
 
     def values(self, key: str) -> np.ndarray:
-        """(seeds that have it, ...) float, nan for null."""
-        return np.array([run[key] for run in self.runs if run.get(key) is not None], dtype=float)
+        """(seeds, ...) float, nan for null."""
+        return np.array([run[key] for run in self.runs], dtype=float)
 
-    def mean(self, key: str):
-        """(...) over seeds; nan where none has it."""
-        values = self.values(key)
-        return values.mean(0) if len(values) else np.nan
+    def mean(self, key: str) -> np.ndarray:
+        """(...) over seeds."""
+        return self.values(key).mean(0)
 
 
 def experiment(run: dict) -> dict:
@@ -646,14 +641,14 @@ def draw_curves(ax, group: Group, curves: list[dict]) -> None:
 
 def draw_points(ax, groups: list[Group], key: str, label: str, chance: str) -> None:
     """One row per group: its mean over seeds, with the number on the right, and a whisker from the
-    lowest seed to the highest. Dotted: the metric `chance`. An empty row: not measured."""
+    lowest seed to the highest. Dotted: the metric `chance`."""
     for y, group in enumerate(groups):
-        if len(values := group.values(key)):                             # (seeds)
-            ax.plot([values.min(), values.max()], [y, y], color="0.55", linewidth=2)
-            ax.plot(values.mean(), y, group.style["marker"], color=group.style["color"])
-            ax.text(1.02, y, f"{values.mean():.3g}", va="center", fontsize=8,
-                    transform=ax.get_yaxis_transform())
-            ax.plot([group.mean(chance)] * 2, [y - 0.5, y + 0.5], **CHANCE)
+        values = group.values(key)                                       # (seeds)
+        ax.plot([values.min(), values.max()], [y, y], color="0.55", linewidth=2)
+        ax.plot(values.mean(), y, group.style["marker"], color=group.style["color"])
+        ax.text(1.02, y, f"{values.mean():.3g}", va="center", fontsize=8,
+                transform=ax.get_yaxis_transform())
+        ax.plot([group.mean(chance)] * 2, [y - 0.5, y + 0.5], **CHANCE)
     ax.set(xlabel=label, ylim=(len(groups) - 0.4, -0.6))
     ax.set_yticks(range(len(groups)), [group.label for group in groups], fontsize=9)
 
@@ -878,12 +873,6 @@ def read_metrics(path: Path) -> dict[str, dict]:
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None
 
 
-def write_metrics(path: Path, runs: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(runs) + "\n")
-    os.replace(temporary, path)
-
-
 def main(argv: list[str]) -> None:
     args, runs = parse_args(argv), {}
     folders = args.run or ([] if args.hf else sorted(
@@ -910,12 +899,12 @@ def main(argv: list[str]) -> None:
             runs |= {f"{source.parent}/{name}" if name in runs else name: metrics
                      for name, metrics in found.items()}
             if folder.suffix != ".json":  # at once: the next one may take an hour
-                write_metrics(path, runs)
+                path.write_text(json.dumps(runs))
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: also out of memory
             warn(f"{source} is left out: {' '.join(str(error).split())}")  # on one line
     if not runs:
         raise ValueError("no run is left to analyze.")
-    write_metrics(path, runs)
+    path.write_text(json.dumps(runs))
 
     groups = group_runs(runs)
     several = [group for group in groups if len(group.runs) > 1]

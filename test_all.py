@@ -2083,14 +2083,6 @@ def test_an_analysis_keeps_the_numbers_of_the_last_one_and_none_of_its_figures_b
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_a_full_disk_leaves_the_numbers_of_the_last_analysis(analysis, tmp_path):
-    (tmp_path / "metrics.json").write_text("old")
-    (tmp_path / "metrics.tmp").symlink_to("/dev/full")
-    done = run_script("analyze.py", analysis[1] / "metrics.json", f"--out_dir={tmp_path}")
-    assert done.returncode == 2 and "No space left" in done.stderr
-    assert (tmp_path / "metrics.json").read_text() == "old"
-
-
 def test_the_end_of_an_analysis_loses_no_run_that_was_measured(workplace, tmp_path, monkeypatch):
     observe = mock.Mock(side_effect=[analyze.observe_run, KeyboardInterrupt])
     monkeypatch.setattr(analyze, "observe_run", lambda *args, one=analyze.observe_run: (
