@@ -269,7 +269,6 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
     longest = min(1024, getattr(c, "max_position_embeddings", None) or 1024)
     ids = read_sequences(tokenizer, text, n_tokens, longest)             # (B, T + 1)
     tokens, T = ids[:, :-1].flatten().to(device), ids.shape[1] - 1       # (N)
-    batches = ids.to(device).split(max(1, 1024 // T))                    # (b, T + 1) each
     seen, loss = [[] for _ in mixtures], 0.0
     for mixture, rows in zip(mixtures, seen):
         def note(experts, args, mixture=mixture, rows=rows):
@@ -278,10 +277,9 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
                                  "gates: how it routes is not known here.")
             rows.append(see(mixture, *args))
         mixture.experts.register_forward_pre_hook(note)
-    for batch in tqdm(batches, folder.name, **BAR):
-        logits = model(batch[:, :-1], use_cache=False).logits            # (b, T, V)
-        for row, targets in zip(logits, batch[:, 1:]):
-            loss += F.cross_entropy(row.float(), targets, reduction="sum").item()
+    for sequence in tqdm(ids.to(device), folder.name, **BAR):            # (T + 1)
+        logits = model(sequence[None, :-1], use_cache=False).logits[0]   # (T, V)
+        loss += F.cross_entropy(logits.float(), sequence[1:], reduction="sum").item()
     if not math.isfinite(loss):
         raise ValueError("its loss is not finite; try --dtype=float32.")
     layers = []
@@ -881,7 +879,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("there is no run under out/; train one with python train.py.")
     path = args.out_dir.expanduser() / "metrics.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
+    if path.exists():  # it may hold hours of measuring
         shutil.copy(path, path.with_suffix(".old.json"))
     # a metrics.json is read first: it may be the one that is then replaced
     for source in sorted([*folders, *args.hf], key=lambda source: source.suffix != ".json"):

@@ -1481,9 +1481,8 @@ def a_run(perplexity=4.0, seed=1, step=6, tokens=64, **settings):
     """What metrics.json says of a run, as far as the tables need it."""
     settings = {"router": "aux", "seed": seed, "max_iters": 6, "top_k": 2, "z_loss_coef": 0.0,
                 "data_sha256": "a", "code_sha256": "a", "val_sha256": "a", "block_size": 16,
-                "batch_size": 1,
-                "gradient_accumulation_steps": 1, "history": "[]", "eval_tokens": 64,
-                "out_dir": f"out/{seed}"} | settings
+                "batch_size": 1, "gradient_accumulation_steps": 1, "history": "[]",
+                "eval_tokens": 64, "out_dir": f"out/{seed}"} | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
             "tokens": tokens, "n_expert": 1, "settings": settings}
 
