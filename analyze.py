@@ -11,16 +11,15 @@ what a run is), measure (pure functions of that), draw (from metrics.json alone)
 
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k, H = d_expert (expert width).
 The metrics are those of "Routers Learn the Geometry of Their Experts", arXiv 2605.12476; what its
-summaries leave open is defined in the docstrings below, and is this project's choice."""
+summaries leave open is this project's choice, and defined in the docstrings below."""
 import argparse
 import hashlib
 import json
 import math
-import os
 import re
+import shutil
 import sys
 import textwrap
-from contextlib import ExitStack
 from itertools import combinations, cycle
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -69,8 +68,7 @@ class Observed(NamedTuple):
 
 
 def make_layer(depth, directions, w_gate, rows: list, load: Tensor) -> Layer:
-    """rows: scores, indices, activations, sum of x, sum of ||x||^2 of each batch. Hidden states are
-    kept for one batch at a time."""
+    """rows: scores, indices, activations, sum of x, sum of ||x||^2 of each batch."""
     scores, indices, activations, total, energy = zip(*rows)
     scores = torch.cat(scores)                                           # (N, E)
     return Layer(depth, directions, w_gate, scores, torch.cat(indices),
@@ -83,8 +81,6 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     float32 and eval mode: nothing moves. Its perplexity and load are those of its own last
     evaluation. Raises ValueError for a run that cannot be measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise ValueError("its weights are not finite; train it again with a lower learning rate.")
     c, step, evaluation = model.config, checkpoint["step"], checkpoint["evaluation"]
     settings = checkpoint["config"] | MEASURED_BY | {  # history: what a --resume has changed
         key: str(checkpoint[key]) for key in (
@@ -105,8 +101,6 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         evaluation = {"val_loss": loss / n, "tokens": n, "load": load}
         settings["val_sha256"] = data.meta["sha256"]["val.bin"]
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
-    if len(tokens) < n_tokens:
-        warn(f"{folder} saw {len(tokens)} tokens, not {n_tokens}: its val.bin is too short.")
     log = [record for record in read_log(folder / "log.jsonl")
            if "val_loss" in record and record["step"] <= step]
     about = {
@@ -114,8 +108,8 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         "perplexity": math.exp(min(evaluation["val_loss"], 700.0)),
         "val_tokens": evaluation["tokens"],
         # without the last evaluation, which is on more tokens than the others
-        "log": [record for record in log if record.get("val_tokens") == log[0].get("val_tokens")]}
-    about |= logit_gradients(model, *next(iter(batches(1024))))
+        "log": [record for record in log if record.get("val_tokens") == log[0].get("val_tokens")],
+        "unrouted_gradient_share_by_layer": gradient_shares(model, *next(iter(batches(1024))))}
     try:
         encoding = get_tokenizer(checkpoint["tokenizer"])
         text = lambda token: printable(encoding, [token]) or f"<{token}>"
@@ -127,8 +121,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
 
 @torch.no_grad()
 def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
-    """batches of idx and targets (B, T), loads (n_layer, E) -> tokens (N), a Layer for each
-    block."""
+    """batches of idx and targets (B, T), loads (n_layer, E) -> tokens (N), the layers."""
     tokens, rows = [], [[] for _ in model.blocks]
     with watch(model) as seen:
         for idx, targets in batches:
@@ -144,26 +137,25 @@ def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
                    rows[depth], loads[depth]) for depth, block in enumerate(model.blocks)]
 
 
-def logit_gradients(model, idx: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """One batch (B, T) -> by layer, the unrouted_gradient_share of d(loss + aux_loss) / d(router
+def gradient_shares(model, idx: Tensor, targets: Tensor) -> Tensor:
+    """One batch (B, T) -> (n_layer) the unrouted_gradient_share of d(loss + aux_loss) / d(router
     logits); nan where no gradient moves the router."""
     with watch(model) as seen:
         _, loss, aux_loss = model(idx, targets)
     routings = [layer[0][1] for layer in seen]
     logits = [routing.logits for routing in routings]                    # n_layer of (N, E)
-    if list(model.routers()[0].parameters()) and logits[0].requires_grad:
-        gradients = torch.autograd.grad(loss + aux_loss, logits, allow_unused=True,
-                                        materialize_grads=True)
+    if list(model.routers()[0].parameters()):
+        gradients = torch.autograd.grad(loss + aux_loss, logits, materialize_grads=True)
     else:  # centroids take no gradient: 0, and not what passes through the logits to x
         gradients = [torch.zeros_like(values) for values in logits]
-    return {"unrouted_gradient_share_by_layer": torch.stack([
-        unrouted_gradient_share(g, r.indices) for g, r in zip(gradients, routings)])}
+    return torch.stack([unrouted_gradient_share(gradient, routing.indices)
+                        for gradient, routing in zip(gradients, routings)])
 
 
 # ---------------------------------------------------------------- observe: a transformers model
 
 class Mixture(NamedTuple):
-    """Where a transformers model keeps the parts of one SMoE layer; none of them is a copy."""
+    """The parts of one SMoE layer of a transformers model; none of them is a copy."""
     depth: int
     experts: torch.nn.Module  # is called with hidden states (N, C), indices (N, K), gates (N, K)
     rows: Tensor              # (E, C) of the router
@@ -201,16 +193,14 @@ def find_mixtures(model) -> list[Mixture]:
 
 
 def see(mixture: Mixture, x: Tensor, indices: Tensor, gates: Tensor) -> tuple:
-    """What the experts are called with, n tokens -> a row for make_layer, in float32. It converts
-    the weights of one expert at a time; their bias is one more column: W x + b = (W, b) (x, 1)."""
+    """What the experts are called with, n tokens -> a row for make_layer, in float32."""
     x, indices, gates = x.flatten(0, -2).float(), indices.flatten(0, -2), gates.flatten(0, -2)
     logits = F.linear(x, mixture.rows.float(), mixture.bias.float())     # (n, E)
     scores = router_scores(logits, indices, gates.float())               # (n, E)
     best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (n, K)
-    x1 = F.pad(x, (0, 1), value=1.0)                                     # (n, C + 1)
-    activations = [expert_activations(x1, torch.cat([w, b[:, None]], dim=1).float()[None])
-                   for w, b in zip(mixture.w_gate, mixture.b_gate)]      # E of (1, n, 1)
-    return (scores, indices.gather(1, best), torch.cat(activations, dim=2), x.sum(0),
+    activations = [F.linear(x, w.float(), b.float()).norm(dim=1)  # of one expert at a time
+                   for w, b in zip(mixture.w_gate, mixture.b_gate)]      # E of (n)
+    return (scores, indices.gather(1, best), torch.stack(activations, dim=1)[None], x.sum(0),
             x.square().sum())
 
 
@@ -229,18 +219,13 @@ def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
 
 
 def load_hf(folder: Path, dtype: str) -> tuple:
-    """-> (model, tokenizer) of a folder, or of a name on the hub. Raises ValueError for what cannot
-    be read, is not whole, or (of a folder) does not fit into memory as it is stored."""
+    """-> (model, tokenizer). Raises ValueError for what cannot be read or is not whole."""
     try:
         import transformers
     except ImportError:
         raise ValueError("it takes transformers to read it: pip install transformers.") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    need = sum(file.stat().st_size for file in folder.glob("model*.safetensors")) / 1e9 + 2
-    free = free_memory() / 1e9
-    if need > free:
-        raise ValueError(f"it needs {need:.0f} GB of memory, and {free:.0f} GB are free.")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -255,13 +240,6 @@ def load_hf(folder: Path, dtype: str) -> tuple:
     return model.eval(), tokenizer
 
 
-def free_memory() -> float:
-    """Bytes that this machine can still give; infinity where it does not say (not Linux)."""
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable: +(\d+)", meminfo.read_text()) if meminfo.exists() else None
-    return int(found[1]) * 1024 if found else math.inf
-
-
 def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor:
     """-> ids (B, T + 1): sequences of one length, evenly spaced in a text file or folder (None: in
     the validation documents of the data set stdlib); shorter than T where the text is short."""
@@ -270,9 +248,8 @@ def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor
     corpus = "".join(piece for split, piece, _ in open_corpus(dataset, None, 0.05, Path("data"))
                      if split in splits)
     cuts = np.linspace(0, len(corpus), -(-n_tokens // T) + 1, dtype=int).tolist()
-    # no tokenizer's tokens are longer than 16 characters on average
-    rows = [tokenizer(corpus[start:min(end, start + 16 * (T + 1))], truncation=True,
-                      max_length=T + 1)["input_ids"] for start, end in zip(cuts, cuts[1:])]
+    rows = [tokenizer(corpus[start:end], truncation=True, max_length=T + 1)["input_ids"]
+            for start, end in zip(cuts, cuts[1:])]
     T = min(map(len, rows)) - 1
     if T < 1:
         raise ValueError(f"{dataset} is too short for {n_tokens} tokens; name another --text.")
@@ -281,9 +258,8 @@ def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor
 
 @torch.no_grad()
 def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype: str) -> Observed:
-    """The transformers model in `folder`, or of that name on the hub, at work on n_tokens tokens
-    of a text. The model computes in its own dtype (auto) or another, the metrics get float32; no
-    weights are copied. Raises ValueError for what is no such model."""
+    """The transformers model in `folder`, or of that name on the hub, on n_tokens tokens of a text.
+    Raises ValueError for what is no mixture of experts."""
     model, tokenizer = load_hf(folder, dtype)
     mixtures, c = find_mixtures(model.to(device)), model.config.get_text_config()
     if not mixtures:
@@ -293,31 +269,24 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
     longest = min(1024, getattr(c, "max_position_embeddings", None) or 1024)
     ids = read_sequences(tokenizer, text, n_tokens, longest)             # (B, T + 1)
     tokens, T = ids[:, :-1].flatten().to(device), ids.shape[1] - 1       # (N)
-    batches = ids.to(device).split(max(1, 1024 // T))                    # (b, T + 1) each
     seen, loss = [[] for _ in mixtures], 0.0
-    with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(batches) * len(mixtures), desc=folder.name, **BAR))
-        for mixture, rows in zip(mixtures, seen):
-            def note(experts, args, mixture=mixture, rows=rows):
-                if len(args) != 3:
-                    raise ValueError("its experts are not called with hidden states, selection and "
-                                     "gates: how it routes is not known here.")
-                rows.append(see(mixture, *args))
-                bar.update()
-            stack.enter_context(mixture.experts.register_forward_pre_hook(note))
-        for batch in batches:
-            logits = model(batch[:, :-1], use_cache=False).logits        # (b, T, V)
-            for row, targets in zip(logits, batch[:, 1:]):
-                loss += F.cross_entropy(row.float(), targets, reduction="sum").item()
+    for mixture, rows in zip(mixtures, seen):
+        def note(experts, args, mixture=mixture, rows=rows):
+            if len(args) != 3:
+                raise ValueError("its experts are not called with hidden states, selection and "
+                                 "gates: how it routes is not known here.")
+            rows.append(see(mixture, *args))
+        mixture.experts.register_forward_pre_hook(note)
+    for sequence in tqdm(ids.to(device), folder.name, **BAR):            # (T + 1)
+        logits = model(sequence[None, :-1], use_cache=False).logits[0]   # (T, V)
+        loss += F.cross_entropy(logits.float(), sequence[1:], reduction="sum").item()
     if not math.isfinite(loss):
         raise ValueError("its loss is not finite; try --dtype=float32.")
     layers = []
     for mixture, rows in zip(mixtures, seen):
-        layer = make_layer(mixture.depth, mixture.rows, mixture.w_gate, rows, None)
-        layers.append(layer._replace(load=torch.bincount(
-            layer.indices.flatten(), minlength=len(layer.directions))))
-    if len(tokens) < n_tokens:
-        warn(f"{folder} saw {len(tokens)} tokens, not {n_tokens}: the text is too short.")
+        selected = torch.cat([indices for _, indices, *_ in rows])       # (N, K)
+        load = torch.bincount(selected.flatten(), minlength=len(mixture.rows))  # (E)
+        layers.append(make_layer(mixture.depth, mixture.rows, mixture.w_gate, rows, load))
 
     def piece(token: int) -> str:  # alone, a sentencepiece token loses the space in front of it
         raw = str(tokenizer.convert_ids_to_tokens(token))
@@ -456,11 +425,8 @@ def favourite_tokens(tokens: Tensor, experts: Tensor, E: int, text: Callable) ->
     lift = counts / counts.sum(1, keepdim=True) / (counts.sum(0) / counts.sum())
     lift = lift.masked_fill(counts.sum(1, keepdim=True) < 20, 0.0).nan_to_num()
     best = lift.topk(min(5, len(ids)), dim=0)                            # (5, E)
-
-    def written(token: int) -> str:  # as one can see it: \n, ␣, def
-        return text(token).replace("\n", "\\n").replace(" ", "␣")
-
-    return [[written(ids[i].item()) for value, i in zip(values, places) if value > 1]
+    return [[text(ids[i].item()).replace("\n", "\\n").replace(" ", "␣")  # as one can see them
+             for value, i in zip(values, places) if value > 1]
             for values, places in zip(best.values.t(), best.indices.t())]
 
 
@@ -523,13 +489,13 @@ COLUMNS = {  # header: keys
     "alignment matched (mismatched)": ("alignment_matched", "alignment_mismatched"),
     "token information, bits (ceiling)": ("token_information", "expert_entropy"),
     "unrouted gradient share": ("unrouted_gradient_share",)}
+OTHER_TEXT = {"val_sha256", "block_size", "final_eval_tokens"}  # makes perplexities incomparable
 ROUTER_STYLES = {  # colour (Okabe-Ito), line, marker: each tells them apart, in grey too
     "aux": ("#E69F00", "--", "s"), "lossfree": ("#0072B2", "-", "o"),
     "kmeans": ("#009E73", "-.", "^"), "none": ("#000000", ":", "D")}
 OTHER_STYLES = (  # of further groups, going round
-    ("#CC79A7", (0, (5, 1)), "v"), ("#56B4E9", (0, (1, 1)), "P"), ("#8C564B", (0, (2, 1)), "*"),
-    ("#9A8B00", (0, (8, 2)), "<"), ("#D55E00", (0, (3, 1, 1, 1)), "X"),
-    ("#7F3C8D", (0, (4, 1, 1, 1, 1, 1)), ">"))
+    ("#CC79A7", "--", "v"), ("#56B4E9", "-", "P"), ("#8C564B", "-.", "*"), ("#9A8B00", ":", "<"),
+    ("#D55E00", "--", "X"), ("#7F3C8D", "-", ">"))
 
 
 class Group(NamedTuple):
@@ -539,13 +505,12 @@ class Group(NamedTuple):
     style: dict       # color, linestyle, marker
 
     def values(self, key: str) -> np.ndarray:
-        """(seeds that have it, ...) float, nan for null."""
-        return np.array([run[key] for run in self.runs if run.get(key) is not None], dtype=float)
+        """(seeds, ...) float, nan for null."""
+        return np.array([run[key] for run in self.runs], dtype=float)
 
-    def mean(self, key: str):
-        """(...) over seeds; nan where none has it."""
-        values = self.values(key)
-        return values.mean(0) if len(values) else np.nan
+    def mean(self, key: str) -> np.ndarray:
+        """(...) over seeds."""
+        return self.values(key).mean(0)
 
 
 def experiment(run: dict) -> dict:
@@ -578,8 +543,11 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
     bases = [base.removesuffix("/") for base, _ in found]
     groups, styles, others = [], dict(ROUTER_STYLES), cycle(OTHER_STYLES)
     for base, members in zip(bases, found.values()):
-        label = members[0] if len(members) == 1 else base if bases.count(base) == 1 else (
-            f"{members[0]} to {runs[members[-1]]['seed']}")
+        label = base
+        if len(members) == 1:
+            label = members[0]
+        elif bases.count(base) > 1:
+            label = f"{members[0]} to {runs[members[-1]]['seed']}"
         # the first group of a router has the fixed style
         color, line, marker = styles.pop(runs[members[0]]["router"], None) or next(others)
         groups.append(Group(label, [runs[name] for name in members], dict(
@@ -618,20 +586,20 @@ def differing_settings(groups: list[Group]) -> str:
             parts.append(", ".join(f"{key} {value} ({', '.join(labels[value])})"
                                    for value in others) + f", else {usual}")
     line = f"Settings that differ: {'; '.join(parts) or 'router and seed alone'}."
-    if {"val_sha256", "block_size", "final_eval_tokens"} & found.keys():
+    if OTHER_TEXT & found.keys():
         line += " So perplexities are of different texts or windows, and not comparable."
     return line
 
 
 def paired_differences(groups: list[Group]) -> list[str]:
     """Perplexity in per cent, paired by seed, mean difference ± its standard error, for each two
-    groups that share seeds and differ in one thing alone: the router, z_loss_coef or score_fn."""
+    groups that share seeds and differ in one setting alone."""
     lines = []
     for b, a in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in a.runs for y in b.runs
                  if x["seed"] == y["seed"]]
-        if len(pairs) > 1 and differing([a, b]).keys() in (
-                {"router"}, {"z_loss_coef"}, {"score_fn"}):
+        different = differing([a, b]).keys()
+        if len(pairs) > 1 and len(different) == 1 and not different & OTHER_TEXT:
             percent = [100 * (x / y - 1) for x, y in pairs]
             error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
             lines.append(f"perplexity, {a.label} - {b.label}: {np.mean(percent):+.2f} ± "
@@ -646,12 +614,9 @@ def paired_differences(groups: list[Group]) -> list[str]:
 CHANCE = dict(color="0.35", linestyle=(0, (1, 1)), linewidth=1.5)
 
 
-def draw_line(ax, group: Group, values: np.ndarray, x=None) -> None:
-    """values (seeds, points) at x (points), or 1, 2, ...: their mean, and a band from the lowest
-    seed to the highest."""
-    if x is None:
-        x = range(1, values.shape[1] + 1)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+def draw_line(ax, group: Group, x, values: np.ndarray) -> None:
+    """x (points), values (seeds, points): their mean, and a band from the lowest seed to the
+    highest."""
     ax.plot(x, values.mean(0), label=group.label, **group.style)
     ax.fill_between(x, values.min(0), values.max(0), color=group.style["color"], alpha=0.2, lw=0)
 
@@ -664,53 +629,47 @@ def curve(run: dict, key: str) -> dict[int, float]:
 def draw_curves(ax, group: Group, curves: list[dict]) -> None:
     """curves: {step: value} per seed; drawn where all seeds have a value."""
     steps = sorted(set.intersection(*map(set, curves)))
-    tokens = math.prod(group.runs[0]["settings"][key] for key in (
-        "batch_size", "gradient_accumulation_steps", "block_size"))
-    values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
-    draw_line(ax, group, values, np.array(steps) * tokens / 1e6)
+    if steps:
+        tokens = math.prod(group.runs[0]["settings"][key] for key in (
+            "batch_size", "gradient_accumulation_steps", "block_size"))
+        values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
+        draw_line(ax, group, np.array(steps) * tokens / 1e6, values)
     ax.set_xlabel("training tokens (millions)")
 
 
-def draw_points(ax, groups: list[Group], key: str, label: str, chance="", spec=".3f") -> None:
+def draw_points(ax, groups: list[Group], key: str, label: str, chance: str) -> None:
     """One row per group: its mean over seeds, with the number on the right, and a whisker from the
-    lowest seed to the highest. Dotted: the metric `chance`. An empty row: not measured."""
+    lowest seed to the highest. Dotted: the metric `chance`."""
     for y, group in enumerate(groups):
-        if len(values := group.values(key)):                             # (seeds)
-            ax.plot([values.min(), values.max()], [y, y], color="0.55", linewidth=2)
-            ax.plot(values.mean(), y, group.style["marker"], color=group.style["color"])
-            ax.text(1.02, y, f"{values.mean():{spec}}", va="center", fontsize=8,
-                    transform=ax.get_yaxis_transform())
-            ax.plot([group.mean(chance)] * 2, [y - 0.5, y + 0.5], **CHANCE)
+        values = group.values(key)                                       # (seeds)
+        ax.plot([values.min(), values.max()], [y, y], color="0.55", linewidth=2)
+        ax.plot(values.mean(), y, group.style["marker"], color=group.style["color"])
+        ax.text(1.02, y, f"{values.mean():.3g}", va="center", fontsize=8,
+                transform=ax.get_yaxis_transform())
+        ax.plot([group.mean(chance)] * 2, [y - 0.5, y + 0.5], **CHANCE)
     ax.set(xlabel=label, ylim=(len(groups) - 0.4, -0.6))
     ax.set_yticks(range(len(groups)), [group.label for group in groups], fontsize=9)
-    ax.locator_params(axis="x", nbins=5)
 
 
-def plain_log(ax, which: str) -> None:
-    """Makes the axis x or y logarithmic, with numbers as one writes them."""
-    if getattr(ax.dataLim, f"interval{which}").max() <= 0:
-        return  # a single expert has no spread
-    ax.set(**{f"{which}scale": "log"})
-    axis = getattr(ax, f"{which}axis")
-    axis.get_major_locator().set_params(subs=(1, 2, 5) if which == "y" else (1, 3))
+def plain_numbers(axis) -> None:
+    """On a logarithmic axis: 0.1, 0.3, 1, as one writes them."""
+    axis.get_major_locator().set_params(subs=(1, 3))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
 
 
 def add_legend(fig, ax) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", fontsize=9,
-               ncols=6 if len(labels) < 7 else 4)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", fontsize=9, ncols=5)
 
 
 def draw_coupling(fig, groups) -> None:
     ax = fig.subplots()
     for group in groups:
-        draw_line(ax, group, group.values("coupling_by_rank"))
-    ax.axhline(1, color="0.6", linewidth=1, label="average, as without any coupling", zorder=0)
-    ax.set_xticks(sorted({1, *ax.get_xticks()} - {0}))
+        values = group.values("coupling_by_rank")                        # (seeds, E)
+        draw_line(ax, group, range(1, values.shape[1] + 1), values)
+    ax.axhline(1, **CHANCE, label="average, as without any coupling")
+    ax.locator_params("x", integer=True)
     ax.set(xlabel="rank of the expert for a token by the router's score (1: the highest)",
-           xlim=(0.5, max(len(group.mean("coupling_by_rank")) for group in groups) + 0.5),
            ylabel="activation of the expert, ||W_gate x||\n(1: its average over all tokens)")
     add_legend(fig, ax)
 
@@ -718,18 +677,20 @@ def draw_coupling(fig, groups) -> None:
 def draw_load(fig, groups) -> None:
     left, right = fig.subplots(1, 2)
     for group in groups:
-        draw_line(left, group, group.values("load_sorted") * group.runs[0]["n_expert"] - 1)
+        values = group.values("load_sorted")                             # (seeds, E)
+        E = values.shape[1]
+        draw_line(left, group, range(1, E + 1), E * values - 1)
     left.axhline(0, **CHANCE, label="even load")
     left.set_yscale("symlog", linthresh=0.1)  # shows a collapse and a balanced load alike
-    left.set_yticks([-1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3, 10, 30])
-    left.yaxis.set_major_formatter("{x:+g}")
-    low, high = left.dataLim.intervaly
-    left.set(xlabel="expert, busiest first", ylabel="load / even load - 1, mean over layers",
-             ylim=(1.3 * min(low, -0.1), 1.3 * max(high, 0.1)))
+    left.margins(y=0.1)
+    plain_numbers(left.yaxis)
+    left.locator_params("x", integer=True)
+    left.set(xlabel="expert, busiest first", ylabel="load / even load - 1, mean over layers")
     add_legend(fig, left)
     draw_points(right, groups, "load_cv", "Std of the load / even load\n(dotted: that of "
-                "independent draws)", "load_cv_sampling", ".2g")
-    plain_log(right, "x")
+                "independent draws)", "load_cv_sampling")
+    right.set_xscale("log")
+    plain_numbers(right.xaxis)
 
 
 def draw_similarity(fig, groups) -> None:
@@ -740,7 +701,7 @@ def draw_similarity(fig, groups) -> None:
     scale = max(np.abs(m - np.eye(len(m))).max() for m in maps) or 1
     axes = fig.subplots(1, len(maps), squeeze=False)[0]
     for ax, cosines, group in zip(axes, maps, chosen):
-        cosines[np.eye(len(cosines), dtype=bool)] = np.nan  # always 1: grey
+        np.fill_diagonal(cosines, np.nan)  # always 1: grey
         image = ax.imshow(cosines, vmin=-scale, vmax=scale, cmap="RdBu_r")
         ax.set_title(f"{group.label}, layer {group.runs[0]['middle_depth']}", fontsize=10)
         ax.set(xticks=[], yticks=[], ylabel="expert", facecolor="0.6", xlabel="expert\nall layers: "
@@ -753,9 +714,8 @@ def draw_similarity(fig, groups) -> None:
 def draw_common_mode(fig, groups) -> None:
     left, right = fig.subplots(1, 2)
     for group in groups:
-        if all(run["log"] for run in group.runs):
-            draw_curves(left, group, [curve(run, "router_similarity") for run in group.runs])
-            left.axhline(group.mean("router_similarity_chance"), **CHANCE)
+        draw_curves(left, group, [curve(run, "router_similarity") for run in group.runs])
+        left.axhline(group.mean("router_similarity_chance"), **CHANCE)
     left.set(ylabel="mean |cosine| of router directions\n(dotted: chance)", ylim=0)
     add_legend(fig, left)
     draw_points(right, groups, "common_share", "share of the mean hidden state in a router\n"
@@ -778,15 +738,12 @@ def draw_training(fig, groups) -> None:
         draw_curves(c, group, [{step: std * run["n_expert"] for step, std in curve(
             run, "load_std").items()} for run in group.runs])
     base = next((group for group in groups if group.runs[0]["router"] == "lossfree"), groups[0])
-
-    def measured(run):  # losses are comparable where this is equal
-        return [run["settings"][key] for key in (
-            "seed", "val_sha256", "block_size", "eval_tokens", "batch_size",
-            "gradient_accumulation_steps")]
-
+    equal = ("seed", "val_sha256", "block_size", "eval_tokens", "batch_size",
+             "gradient_accumulation_steps")  # where losses are comparable
     for group in groups:
-        pairs = [(curve(run, "val_loss"), curve(other, "val_loss")) for run in group.runs
-                 for other in base.runs if measured(run) == measured(other)]
+        pairs = [(curve(run, "val_loss"), curve(other, "val_loss"))
+                 for run in group.runs for other in base.runs
+                 if all(run["settings"][key] == other["settings"][key] for key in equal)]
         if pairs:  # after step 0, where all of them guess
             draw_curves(b, group, [{step: mine[step] - other[step] for step in mine
                                     if step in other and step} for mine, other in pairs])
@@ -795,29 +752,28 @@ def draw_training(fig, groups) -> None:
     c.set(ylabel="Std of the load / even load")
     d.set(ylabel="Spearman of score and activation")
     d.axhline(0, **CHANCE)
-    plain_log(a, "y")
-    plain_log(c, "y")
+    for ax in (a, c):
+        ax.set_yscale("log")
+        plain_numbers(ax.yaxis)
     add_legend(fig, a)
 
 
 def draw_experts(fig, groups) -> None:
-    last, panels = groups[-1], {}
+    panels = {}
     for group in groups:
         if group.runs[0]["text"]:
             panels.setdefault(group.runs[0]["router"], group)
-    groups = list(panels.values())[:4]  # the first of each router
-    if not groups:
+    shown = list(panels.values())[:4]  # the first of each router
+    if not shown:
         return
-    fig.set_layout_engine("none")
-    grid = fig.add_gridspec(len(groups), 2, left=0.02, right=0.98, top=0.86, bottom=0.02,
-                            width_ratios=(65, 30), wspace=0.02)
+    grid = fig.add_gridspec(len(shown), 2, width_ratios=(65, 30))
     mono = dict(family="DejaVu Sans Mono", va="center_baseline")
-    for i, group in enumerate(groups):
+    for i, group in enumerate(shown):
         run = group.runs[0]
         ax, colors = fig.add_subplot(grid[i, 0]), expert_colors(run["n_expert"])
         ax.set(xlim=(0, 70), ylim=(8, 0))
         ax.set_title(f"{group.label}, layer {run['middle_depth']} of 0 to {run['depth'][-1]}",
-                     fontsize=10, loc="left", pad=2)
+                     fontsize=10, loc="left")
         for y, line in enumerate(run["text"]):
             x = 0
             for text, expert in line:
@@ -826,13 +782,10 @@ def draw_experts(fig, groups) -> None:
                         linewidth=0.4)
                 ax.text(x, y + 0.5, text, size=10, **mono)  # 70 characters fill the panel
                 x += len(text)
-    fig.text(0.02, 0.92, "Each token on the colour of the expert it goes to first. Colours compare "
-             "within one panel only.", fontsize=10)
-    ax, run = fig.add_subplot(grid[:, 1]), last.runs[0]
-    colors = expert_colors(run["n_expert"])
+    ax = fig.add_subplot(grid[:, 1])  # of the last group, in its colours
     ax.set(xlim=(0, 34), ylim=(len(colors), 0))
-    ax.set_title(f"Tokens that each expert of {last.label}\ngets most above its share (best first)",
-                 fontsize=10, loc="left", pad=2)
+    ax.set_title(f"Tokens that each expert of {group.label}\ngets most above its share (best "
+                 "first)", fontsize=10, loc="left")
     for expert, (color, texts) in enumerate(zip(colors, run["favourite_tokens"])):
         ax.barh(expert + 0.5, 3, 0.92, color=color)
         texts = "  ".join(text[:10] for text in texts)
@@ -842,29 +795,30 @@ def draw_experts(fig, groups) -> None:
         ax.set_axis_off()
 
 
-FIGURES = {  # file: what draws it, its title, height in inches, extra height per group
+FIGURES = {  # file: what draws it, its title, height in inches
     "coupling.png": (draw_coupling, "Coupled: the higher the router ranks an expert, the stronger "
-                     "its activation", 4.6, 0.05),
-    "load.png": (draw_load, "Balanced: the line is flat, and the point far to the left", 3.8, 0.15),
-    "similarity.png": (draw_similarity, "Red: two router directions that are alike", 3.6, 0),
-    "alignment.png": (draw_alignment, "Aligned: the point lies to the right of the dotted line",
-                      1.6, 0.3),
+                     "its activation", 4.4),
+    "load.png": (draw_load, "Balanced: the line is flat, and the point far to the left", 4),
+    "similarity.png": (draw_similarity, "Red: two router directions that are alike", 3.2),
+    "alignment.png": (draw_alignment, "Aligned: the point lies to the right of the dotted line", 2),
     "common_mode.png": (draw_common_mode, "Alike for a common reason: directions that share the "
-                        "mean hidden state", 3.8, 0.15),
-    "training.png": (draw_training, "What training does to perplexity, balance and coupling", 6,
-                     0.05),
-    "experts.png": (draw_experts, "Sorted by token: where one token keeps one colour", 7, 0)}
+                        "mean hidden state", 4),
+    "training.png": (draw_training, "What training does to perplexity, balance and coupling", 5.8),
+    "experts.png": (draw_experts, "Sorted by token: where one token keeps one colour, that of the "
+                    "expert it goes to first\n(colours compare within one panel only)", 6.6)}
 
 
 def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
     """-> the PNG files, 1350 pixels wide. Raises ImportError without matplotlib."""
+    for name in FIGURES:  # none of other numbers may stay
+        (out_dir / name).unlink(missing_ok=True)
     from matplotlib import rcParams
     from matplotlib.figure import Figure  # in place of pyplot: no global state, no display
 
     rcParams["text.parse_math"] = False  # a $ in a name or a token is a $
     paths = []
-    for name, (draw, title, height, more) in FIGURES.items():
-        fig = Figure(figsize=(9, height + more * len(groups)), layout="compressed")
+    for name, (draw, title, height) in FIGURES.items():
+        fig = Figure(figsize=(9, height + 0.1 * len(groups)), layout="compressed")
         draw(fig, groups)
         if fig.axes:
             fig.suptitle(title, fontsize=13)
@@ -878,24 +832,22 @@ def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, options in {
-            "run": dict(nargs="*", type=Path, metavar="RUN", help="folder of a run, such as "
-                        "out/kmeans, or a metrics.json (default: all runs under out/)"),
-            "--out_dir": dict(default="out/analysis", type=Path, metavar="DIR",
-                              help="where metrics.json and the figures go (%(default)s)"),
-            "--tokens": dict(type=int, metavar="N", help="tokens on which each model is seen at "
-                             "work; perplexity and load of a run are of its last evaluation "
-                             "(default: 16384, with --hf 4096)"),
-            "--hf": dict(action="append", default=[], type=Path, metavar="DIR", help="folder, or "
-                         "name on the hub, of a model to load with transformers; may be given "
-                         "several times, and beside runs"),
-            "--text": dict(metavar="FILE", help="what the --hf model reads: a text file or folder "
-                           "(default: this Python's own library)"),
-            "--dtype": dict(default="auto", choices=("auto", "float32", "bfloat16"),
-                            help="what the --hf model computes in (default: as it is stored)"),
-            "--device": dict(default="cuda" if torch.cuda.is_available() else "cpu",
-                             help="cpu, cuda or cuda:N (%(default)s)")}.items():
-        parser.add_argument(flag, **options)
+    parser.add_argument("run", nargs="*", type=Path, metavar="RUN", help="folder of a run, such as "
+                        "out/kmeans, or a metrics.json (default: all runs in out/)")
+    parser.add_argument("--out_dir", default="out/analysis", type=Path, metavar="DIR",
+                        help="where metrics.json and the figures go (%(default)s)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="on how many tokens each model is "
+                        "seen at work; perplexity and load of a run are of its last evaluation "
+                        "(default: 16384, with --hf 4096)")
+    parser.add_argument("--hf", action="append", default=[], type=Path, metavar="DIR",
+                        help="folder, or name on the hub, of a model to load with transformers; "
+                        "may be given several times, and beside runs")
+    parser.add_argument("--text", metavar="FILE", help="what the --hf model reads: a text file or "
+                        "folder (default: this Python's own library)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+                        help="what the --hf model computes in (default: as it is stored)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda or cuda:N (%(default)s)")
     args = parser.parse_args(argv)
     if args.tokens is None:
         args.tokens = 4096 if args.hf else 16384
@@ -913,57 +865,44 @@ def read_metrics(path: Path) -> dict[str, dict]:
     try:
         runs = json.loads(path.read_text())
         for run in runs.values():
-            for key in ("router", "seed", "step", "settings", "text", "cosines"):
-                run[key]  # KeyError if it is missing
+            run["settings"]["analyze_sha256"]  # KeyError if it is missing
         return runs
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None
 
 
-def write_metrics(path: Path, runs: dict, replaced: bool) -> bool:
-    """metrics.json. The first time an earlier one becomes metrics.old.json and its figures, which
-    can be drawn again from that, go. -> True"""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(runs) + "\n")
-    if not replaced:
-        for name in FIGURES:
-            (path.parent / name).unlink(missing_ok=True)
-        if path.exists():
-            os.replace(path, path.with_suffix(".old.json"))
-    os.replace(temporary, path)
-    return True
-
-
 def main(argv: list[str]) -> None:
     args, runs = parse_args(argv), {}
-    # */ as well, since ** does not follow links
-    found = {path.parent for glob in ("**", "*") for path in Path("out").glob(f"{glob}/ckpt.pt")}
-    folders = args.run or ([] if args.hf else sorted(found))
+    folders = args.run or ([] if args.hf else sorted(
+        path.parent for path in Path("out").glob("*/ckpt.pt")))
     if not (folders or args.hf):
         raise ValueError("there is no run under out/; train one with python train.py.")
-    out_dir = args.out_dir.expanduser()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    path, replaced = out_dir / "metrics.json", False
+    path = args.out_dir.expanduser() / "metrics.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():  # it may hold hours of measuring
+        shutil.copy(path, path.with_suffix(".old.json"))
     # a metrics.json is read first: it may be the one that is then replaced
     for source in sorted([*folders, *args.hf], key=lambda source: source.suffix != ".json"):
         folder = source.expanduser()
-        name = folder.resolve().name
-        name = str(source) if name in runs else name
         try:
             if folder.suffix == ".json":
-                runs |= {f"{source}/{name}" if name in runs else name: metrics
-                         for name, metrics in read_metrics(folder).items()}
+                found = read_metrics(folder)
             else:
-                runs[name] = measure(
-                    observe_hf(folder, args.text, args.tokens, args.device, args.dtype)
-                    if source in args.hf else observe_run(folder, args.tokens, args.device))
-                # at once: the next one may take an hour, or all the memory
-                replaced = write_metrics(path, runs, replaced)
+                seen = (observe_hf(folder, args.text, args.tokens, args.device, args.dtype)
+                        if source in args.hf else observe_run(folder, args.tokens, args.device))
+                if len(seen.tokens) < args.tokens:
+                    warn(f"{source} saw {len(seen.tokens)} tokens, not {args.tokens}: the text is "
+                         "too short.")
+                found = {folder.resolve().name: measure(seen)}
+            runs |= {f"{source.parent}/{name}" if name in runs else name: metrics
+                     for name, metrics in found.items()}
+            if folder.suffix != ".json":  # at once: the next one may take an hour
+                path.write_text(json.dumps(runs))
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: also out of memory
             warn(f"{source} is left out: {' '.join(str(error).split())}")  # on one line
     if not runs:
         raise ValueError("no run is left to analyze.")
-    write_metrics(path, runs, replaced)
+    path.write_text(json.dumps(runs))
 
     groups = group_runs(runs)
     several = [group for group in groups if len(group.runs) > 1]
@@ -972,7 +911,7 @@ def main(argv: list[str]) -> None:
                             for group in several]))
     print("", differing_settings(groups), *paired_differences(groups), sep="\n\n")
     try:
-        figures = draw_figures(groups, out_dir)
+        figures = draw_figures(groups, path.parent)
     except ImportError:
         figures = []
         warn("matplotlib is missing: for the figures run pip install matplotlib, then python "

@@ -1481,9 +1481,8 @@ def a_run(perplexity=4.0, seed=1, step=6, tokens=64, **settings):
     """What metrics.json says of a run, as far as the tables need it."""
     settings = {"router": "aux", "seed": seed, "max_iters": 6, "top_k": 2, "z_loss_coef": 0.0,
                 "data_sha256": "a", "code_sha256": "a", "val_sha256": "a", "block_size": 16,
-                "batch_size": 1,
-                "gradient_accumulation_steps": 1, "history": "[]", "eval_tokens": 64,
-                "out_dir": f"out/{seed}"} | settings
+                "batch_size": 1, "gradient_accumulation_steps": 1, "history": "[]",
+                "eval_tokens": 64, "out_dir": f"out/{seed}"} | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
             "tokens": tokens, "n_expert": 1, "settings": settings}
 
@@ -1541,9 +1540,9 @@ def test_a_run_knows_the_code_of_its_own_router(tmp_path, monkeypatch):
     assert len(hashes) == 3
 
 
-def test_own_routers_look_different_in_colour_line_and_marker():
+def test_own_routers_look_different_in_colour_and_marker():
     groups = analyze.group_runs({name: a_run(router=name) for name in ("aux", *"abcde")})
-    for part in ("color", "linestyle", "marker"):
+    for part in ("color", "marker"):
         assert len({str(group.style[part]) for group in groups}) == 6
     assert groups[0].style["color"] == analyze.ROUTER_STYLES["aux"][0]
 
@@ -1569,7 +1568,9 @@ def test_differences_in_perplexity_are_paired_by_seed():
     assert analyze.paired_differences(groups) == [
         "perplexity, lossfree - aux: +1.50 ± 0.50 % (paired by seed, n = 2)"]
     runs |= {f"other-{seed}": a_run(4.0, seed, router="none", top_k=4) for seed in aux}
-    assert len(analyze.paired_differences(analyze.group_runs(runs))) == 1  # two things differ
+    runs |= {f"long-{seed}": a_run(4.0, seed, block_size=32) for seed in aux}
+    # two things differ, or the windows do
+    assert len(analyze.paired_differences(analyze.group_runs(runs))) == 1
 
 
 # ---------------------------------------------------------------- a model under observation
@@ -1580,8 +1581,8 @@ def test_differences_in_perplexity_are_paired_by_seed():
     ("none", {"score_fn": "sigmoid"}, False), ("kmeans", {}, None)])
 def test_only_an_auxiliary_loss_reaches_experts_that_a_token_does_not_go_to(
         router, changes, reached):
-    found = analyze.logit_gradients(make_model(router=router, **changes).eval(), *tokens())
-    for share in found["unrouted_gradient_share_by_layer"]:  # nan: there is no gradient
+    found = analyze.gradient_shares(make_model(router=router, **changes).eval(), *tokens())
+    for share in found:  # nan: there is no gradient
         assert share.isnan() if reached is None else 0 < share < 1 if reached else share == 0
 
 
@@ -1590,7 +1591,7 @@ def test_a_layer_is_what_router_and_experts_do_whatever_the_batches():
     with watch(model) as seen:
         model(idx, targets)
     batches = [(idx[:1], targets[:1]), (idx[1:], targets[1:])]
-    ids, layers = analyze.observe_layers(model, batches, torch.ones(2, 8))
+    ids, layers = observe_layers(model, batches, torch.ones(2, 8))
     assert torch.equal(ids, idx.flatten())
     for block, layer, [(x, routing)] in zip(model.blocks, layers, seen):
         assert torch.equal(layer.indices, routing.indices)
@@ -1599,29 +1600,6 @@ def test_a_layer_is_what_router_and_experts_do_whatever_the_batches():
             x, block.moe.w_gate, block.moe.w_up))
         torch.testing.assert_close(layer.mean, x.mean(0))
         torch.testing.assert_close(layer.energy, x.square().sum(1).mean())
-
-
-class OwnRouter(ROUTERS["aux"]):
-    """The same router, but its parameter is not called `weight`."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.rows = self._parameters.pop("weight")
-
-    directions = property(lambda self: self.rows)
-
-    def score(self, x):
-        logits = x @ self.rows.t()
-        return logits, logits.softmax(-1)
-
-
-def test_an_own_routers_gradient_is_measured_whatever_its_parameter_is_called(monkeypatch):
-    monkeypatch.setitem(ROUTERS, "own", OwnRouter)
-    own, aux = make_model(router="own").eval(), make_model(router="aux").eval()
-    for mine, other in zip(own.parameters(), aux.parameters()):
-        mine.data.copy_(other.data)
-    for key, found in analyze.logit_gradients(own, *tokens()).items():
-        torch.testing.assert_close(found, analyze.logit_gradients(aux, *tokens())[key])
 
 
 # ---------------------------------------------------------------- the command, end to end
@@ -1737,16 +1715,13 @@ def test_broken_runs_get_a_sentence_each_and_the_others_are_done(workplace, tmp_
     (tmp_path / "garbage").mkdir()
     (tmp_path / "garbage" / "ckpt.pt").write_bytes(b"not a checkpoint")
     change_checkpoint(source, tmp_path / "own", config=checkpoint["config"] | {"router": "mine"})
-    checkpoint["model"]["norm.weight"][0] = math.nan
-    change_checkpoint(source, tmp_path / "diverged", model=checkpoint["model"])
     (tmp_path / "a.json").write_text("{}[")
     done = run_script("analyze.py", *(tmp_path / name for name in (
-        "garbage", "own", "diverged", "a.json", "missing")), source, "--tokens=64",
+        "garbage", "own", "a.json", "missing")), source, "--tokens=64",
         f"--out_dir={tmp_path}", cwd=workplace)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     for line, sentence in zip(done.stderr.splitlines(), (
-            "not a metrics.json", "damaged", "router must be one of", "not finite",
-            "is not there"), strict=True):
+            "not a metrics.json", "damaged", "router must be one of", "is not there"), strict=True):
         assert "is left out: " in line and sentence in line
         assert "--" not in line  # no advice to pass a flag, as analyze.py has none for this
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
@@ -1953,14 +1928,13 @@ def test_a_bfloat16_model_keeps_its_weights_and_is_measured_in_float32(tmp_path)
 
 
 @NEEDS_TRANSFORMERS
-def test_text_is_read_in_sequences_that_are_evenly_spaced(tmp_path, capsys):
+def test_text_is_read_in_sequences_that_are_evenly_spaced(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(ord("a") + i) * 40 for i in range(8)))
     run = observe_hf(save_hf(tmp_path, make_hf("olmoe")), str(text))
     assert "".join(map(run.text, run.tokens.tolist())) == "".join(c * T for c in "abcdefgh")
     text.write_text("a short text\n")
     assert len(observe_hf(tmp_path, str(text), n_tokens=T).tokens) == 12
-    assert "saw 12 tokens, not 16: the text is too short." in capsys.readouterr().err
 
 
 def broken(folder, how):
@@ -1988,13 +1962,10 @@ def broken(folder, how):
     "unlike": "its experts are not called with hidden states",
     "truncated": "transformers can load .SafetensorError",
     "incomplete": "weights are missing, such as model.layers.1.mlp.gate.weight",
-    "small": "it needs 2 GB of memory, and 1 GB are free",
     "alone": "pip install transformers"}.items())
 @NEEDS_TRANSFORMERS
 def test_what_is_no_whole_mixture_of_experts_is_one_sentence(how, sentence, tmp_path, monkeypatch):
     broken(tmp_path / "model", how)
-    if how == "small":
-        monkeypatch.setattr(analyze, "free_memory", lambda: 1e9)
     if how == "alone":
         monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=sentence) as caught:
@@ -2111,14 +2082,6 @@ def test_an_analysis_keeps_the_numbers_of_the_last_one_and_none_of_its_figures_b
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_a_full_disk_leaves_the_numbers_of_the_last_analysis(analysis, tmp_path):
-    (tmp_path / "metrics.json").write_text("old")
-    (tmp_path / "metrics.tmp").symlink_to("/dev/full")
-    done = run_script("analyze.py", analysis[1] / "metrics.json", f"--out_dir={tmp_path}")
-    assert done.returncode == 2 and "No space left" in done.stderr
-    assert (tmp_path / "metrics.json").read_text() == "old"
-
-
 def test_the_end_of_an_analysis_loses_no_run_that_was_measured(workplace, tmp_path, monkeypatch):
     observe = mock.Mock(side_effect=[analyze.observe_run, KeyboardInterrupt])
     monkeypatch.setattr(analyze, "observe_run", lambda *args, one=analyze.observe_run: (
@@ -2128,14 +2091,15 @@ def test_the_end_of_an_analysis_loses_no_run_that_was_measured(workplace, tmp_pa
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
 
 
-def test_a_run_is_added_to_the_metrics_json_of_earlier_ones(workplace, analysis, tmp_path):
+def test_a_run_is_added_to_the_metrics_json_of_earlier_ones(workplace, analysis, tmp_path, capsys):
     one = json.dumps({"earlier": analysis[2]["aux-1"]})
     (tmp_path / "metrics.json").write_text(one)
     (tmp_path / "more.json").write_text(one.replace("earlier", "another"))
     analyze_in(workplace, "out/aux-2", tmp_path / "more.json", tmp_path / "metrics.json",
-               "--tokens=64", f"--out_dir={tmp_path}")
+               "--tokens=99999", f"--out_dir={tmp_path}")
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == [
         "another", "earlier", "aux-2"]
+    assert re.search(r"aux-2 saw \d+ tokens, not 99999", capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------- the README
