@@ -16,11 +16,12 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
 import textwrap
-from itertools import combinations, cycle
+from itertools import combinations, count, cycle
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -31,14 +32,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, expert_activations, expert_colors, load_balance, load_checkpoint, read_log,
+    CODE, INCIDENTAL, expert_activations, expert_colors, load_balance, load_checkpoint, read_log,
     router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
-    Parser, cli, eval_batches, get_tokenizer, open_corpus, open_dataset, printable)
+    Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
 # tells metrics.json apart that were measured by other formulas
-MEASURED_BY = {"analyze_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+MEASURED_BY = {"analyze_sha256": hashlib.sha256(
+    (CODE + Path(__file__).read_text()).encode()).hexdigest()}
 
 
 def warn(sentence: str) -> None:
@@ -86,6 +88,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         key: str(checkpoint[key]) for key in (
             "data_sha256", "val_sha256", "code_sha256", "history")}
     data = open_dataset(Path("data", settings["dataset"]), c.block_size, c.vocab_size)
+    settings["seen_sha256"] = data.meta["sha256"]["val.bin"]
     if data.meta["sha256"]["train.bin"] != settings["data_sha256"]:
         warn(f"data/{settings['dataset']} is not the data that {folder} was trained on: it may "
              "have seen some of the validation tokens in training.")
@@ -99,7 +102,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         with torch.no_grad():
             loss, n, load = validate(model, batches(settings["final_eval_tokens"]))
         evaluation = {"val_loss": loss / n, "tokens": n, "load": load}
-        settings["val_sha256"] = data.meta["sha256"]["val.bin"]
+        settings["val_sha256"] = settings["seen_sha256"]
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
     log = [record for record in read_log(folder / "log.jsonl")
            if "val_loss" in record and record["step"] <= step]
@@ -269,17 +272,19 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
     longest = min(1024, getattr(c, "max_position_embeddings", None) or 1024)
     ids = read_sequences(tokenizer, text, n_tokens, longest)             # (B, T + 1)
     tokens, T = ids[:, :-1].flatten().to(device), ids.shape[1] - 1       # (N)
-    seen, loss = [[] for _ in mixtures], 0.0
+    seen, hooks, loss = [[] for _ in mixtures], [], 0.0
     for mixture, rows in zip(mixtures, seen):
         def note(experts, args, mixture=mixture, rows=rows):
             if len(args) != 3:
                 raise ValueError("its experts are not called with hidden states, selection and "
                                  "gates: how it routes is not known here.")
             rows.append(see(mixture, *args))
-        mixture.experts.register_forward_pre_hook(note)
+        hooks.append(mixture.experts.register_forward_pre_hook(note))
     for sequence in tqdm(ids.to(device), folder.name, **BAR):            # (T + 1)
         logits = model(sequence[None, :-1], use_cache=False).logits[0]   # (T, V)
         loss += F.cross_entropy(logits.float(), sequence[1:], reduction="sum").item()
+    for hook in hooks:  # they hold the weights
+        hook.remove()
     if not math.isfinite(loss):
         raise ValueError("its loss is not finite; try --dtype=float32.")
     layers = []
@@ -851,6 +856,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.tokens is None:
         args.tokens = 4096 if args.hf else 16384
+    if not args.hf and (args.text or args.dtype != "auto"):
+        parser.error("--text and --dtype go with --hf: a run has its own validation text")
     if args.tokens < 1:
         parser.error(f"--tokens must be positive, not {args.tokens}")
     try:
@@ -871,6 +878,13 @@ def read_metrics(path: Path) -> dict[str, dict]:
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None
 
 
+def write_metrics(path: Path, runs: dict) -> None:
+    """A reader sees the old file or the new one, whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(runs) + "\n")
+    os.replace(temporary, path)
+
+
 def main(argv: list[str]) -> None:
     args, runs = parse_args(argv), {}
     folders = args.run or ([] if args.hf else sorted(
@@ -879,8 +893,11 @@ def main(argv: list[str]) -> None:
         raise ValueError("there is no run under out/; train one with python train.py.")
     path = args.out_dir.expanduser() / "metrics.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    locked, kept = lock(path.parent), None  # the lock holds while this file is open
     if path.exists():  # it may hold hours of measuring
-        shutil.copy(path, path.with_suffix(".old.json"))
+        kept = next(old for n in count(1)
+                    if not (old := path.with_name(f"metrics.old-{n}.json")).exists())
+        shutil.copy(path, kept)
     # a metrics.json is read first: it may be the one that is then replaced
     for source in sorted([*folders, *args.hf], key=lambda source: source.suffix != ".json"):
         folder = source.expanduser()
@@ -894,15 +911,21 @@ def main(argv: list[str]) -> None:
                     warn(f"{source} saw {len(seen.tokens)} tokens, not {args.tokens}: the text is "
                          "too short.")
                 found = {folder.resolve().name: measure(seen)}
-            runs |= {f"{source.parent}/{name}" if name in runs else name: metrics
-                     for name, metrics in found.items()}
-            if folder.suffix != ".json":  # at once: the next one may take an hour
-                path.write_text(json.dumps(runs))
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: also out of memory
             warn(f"{source} is left out: {' '.join(str(error).split())}")  # on one line
+            continue
+        runs |= {f"{source.parent}/{name}" if name in runs else name: metrics
+                 for name, metrics in found.items()}
+        if folder.suffix != ".json":  # at once: the next one may take an hour
+            write_metrics(path, runs)
+    if runs:
+        write_metrics(path, runs)
+    if kept and kept.read_text() == path.read_text():
+        kept.unlink()
+    elif kept:
+        print(f"The earlier metrics.json is kept as {kept}.\n")
     if not runs:
         raise ValueError("no run is left to analyze.")
-    path.write_text(json.dumps(runs))
 
     groups = group_runs(runs)
     several = [group for group in groups if len(group.runs) > 1]

@@ -1602,6 +1602,28 @@ def test_a_layer_is_what_router_and_experts_do_whatever_the_batches():
         torch.testing.assert_close(layer.energy, x.square().sum(1).mean())
 
 
+class OwnRouter(ROUTERS["aux"]):
+    """The same router, but its parameter is not called `weight`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rows = self._parameters.pop("weight")
+
+    directions = property(lambda self: self.rows)
+
+    def score(self, x):
+        logits = x @ self.rows.t()
+        return logits, logits.softmax(-1)
+
+
+def test_an_own_routers_gradient_is_measured_whatever_its_parameter_is_called(monkeypatch):
+    monkeypatch.setitem(ROUTERS, "own", OwnRouter)
+    own, aux = make_model(router="own").eval(), make_model(router="aux").eval()
+    for mine, other in zip(own.parameters(), aux.parameters()):
+        mine.data.copy_(other.data)
+    assert torch.equal(*(analyze.gradient_shares(model, *tokens()) for model in (own, aux)))
+
+
 # ---------------------------------------------------------------- the command, end to end
 
 RUN = [*TOY, "--block_size=64", "--eval_tokens=64", "--final_eval_tokens=512"]
@@ -1991,7 +2013,7 @@ def test_models_are_analysed_alone_and_beside_runs_and_a_bad_one_spoils_no_other
     # sequences of 16 bytes hold no line of text to show
     drawn = {path.name for path in (workdir / "out/analysis").glob("*.png")}
     assert drawn == set(analyze.FIGURES) - {"experts.png"}
-    assert set(json.loads(Path("out/analysis/metrics.old.json").read_text())) == {
+    assert set(json.loads(Path("out/analysis/metrics.old-1.json").read_text())) == {
         "olmoe", "gpt_oss"}
 
 
@@ -2078,7 +2100,7 @@ def test_an_analysis_keeps_the_numbers_of_the_last_one_and_none_of_its_figures_b
     analyze.main([str(tmp_path / "one.json"), f"--out_dir={tmp_path}"])
     assert "pip install matplotlib" in capsys.readouterr().err
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
-    assert (tmp_path / "metrics.old.json").read_text() == "mine"
+    assert (tmp_path / "metrics.old-1.json").read_text() == "mine"
     assert not list(tmp_path.glob("*.png"))
 
 
