@@ -471,8 +471,8 @@ def code_sha256(router: str) -> str:
     """Of the code that makes a run what it is, beside its settings: the four files and what you
     wrote, the script that starts the run and those that have the router and its base classes."""
     sources, script = {CODE}, Path(sys.argv[0]).resolve()
-    if script.suffix == ".py" and script not in [*FILES, FILES[0].with_name("analyze.py")] and (
-            "site-packages" not in script.parts):
+    if script.suffix == ".py" and script.is_file() and "site-packages" not in script.parts and (
+            script not in [*FILES, FILES[0].with_name("analyze.py")]):
         sources.add(script.read_text())
     for cls in ROUTERS[router].__mro__:
         if cls.__module__ not in ("routers", "builtins", nn.Module.__module__):

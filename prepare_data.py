@@ -79,8 +79,8 @@ def open_corpus(dataset, glob, val_fraction, data_root):
     """-> generator of the pieces of a built-in data set, or of a text file or folder."""
     path = Path(dataset).expanduser()
     if glob and (dataset in DATASETS or not path.is_dir() or Path(glob).is_absolute()):
-        raise ValueError(f"--glob picks files inside a folder: {glob} does not, or {dataset} is "
-                         "none.")
+        raise ValueError(f"--glob picks files inside a folder, but {dataset} is not a folder, or "
+                         f"{glob} not inside it.")
     if dataset == "fineweb-edu":
         return stream_fineweb_edu(val_fraction)
     if dataset in ("stdlib", "python"):

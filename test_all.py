@@ -117,6 +117,22 @@ def test_language_model_and_switch_loss_push_the_rows_apart_and_only_the_z_loss_
     assert (z_loss > 0).all()  # every row of R moves along -x, for every token
 
 
+def test_sigmoid_scores_that_are_not_normalised_give_the_switch_loss_a_common_mode():
+    routing = make_layer(router="aux", score_fn="sigmoid").router(torch.randn(50, 32))
+    f = torch.bincount(routing.indices.flatten(), minlength=8) / 100
+    gradient = gradient_at_logits((f * routing.logits.sigmoid().mean(0)).sum(), routing)
+    assert (gradient.sum(1) > 1e-4).all()
+
+
+def test_a_step_along_the_switch_loss_leaves_the_sum_of_the_router_rows_where_it_was():
+    router = make_layer(router="aux", aux_loss_coef=1.0).router
+    before = router.weight.detach().clone()
+    router(torch.randn(50, 32)).aux_loss.backward()
+    torch.optim.SGD([router.weight], lr=10.0).step()
+    assert (router.weight - before).abs().max() > 1e-2
+    assert (router.weight - before).sum(0).abs().max() < 1e-5
+
+
 # ---------------------------------------------------------------- the routers
 
 @pytest.mark.parametrize("score_fn", ["softmax", "sigmoid"])
@@ -320,6 +336,16 @@ def test_generate_continues_beyond_the_block_size_and_at_temperature_0_takes_the
         assert torch.equal(out[:, n], model(out[:, n - 16:n])[0][:, -1].argmax(-1))
 
 
+def test_generate_refuses_what_has_no_meaning_and_leaves_the_model_in_its_mode():
+    model, (idx, _) = make_model(), tokens()
+    for wrong in (dict(top_k=0), dict(temperature=-1.0)):
+        with pytest.raises(ValueError, match="temperature must be 0 or more and top_k 1 or more"):
+            model.generate(idx, 1, **wrong)
+    with pytest.raises(IndexError):
+        model.generate(idx + 1000, 1)
+    assert model.training
+
+
 def test_weights_start_as_the_docstring_says():
     model = make_model(n_embd=256, n_layer=8, router="lossfree")
     for name, p in model.named_parameters():
@@ -375,6 +401,8 @@ def test_learning_rate_warms_up_linearly_and_falls_by_half_a_cosine():
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert rates[59] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(rates[9:], rates[10:]))
+    short = train.TrainConfig(max_iters=20, warmup_iters=100, learning_rate=1.0)
+    assert train.learning_rate(10, short) == 1  # a short run reaches its rate as well
 
 
 def test_weight_decay_is_on_matrices_alone():
@@ -535,6 +563,18 @@ def test_the_main_command_prepares_its_corpus_trains_samples_and_sums_up(tmp_pat
     assert checkpoint["step"] == 2 and model.config.router == "kmeans"
 
 
+def test_a_second_run_that_prepares_the_same_corpus_more_slowly_trains_as_well(
+        toy, tmp_path, monkeypatch):
+    def slow(dataset):  # another run was faster
+        Path("data").mkdir()
+        Path("data/stdlib").symlink_to(toy / "data/toy")
+        raise ValueError("another process has made data/stdlib meanwhile")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "prepare", slow)
+    run_train("--dataset=stdlib", "--out_dir=out/a", "--max_iters=1")
+    assert checkpoint_of("out/a")["step"] == 1
+
+
 def test_the_log_has_one_object_a_step_and_the_metrics_at_evaluations_from_step_0_on(workdir):
     run_train("--router=aux", "--out_dir=out/a")
     records = read_log("out/a")
@@ -574,6 +614,8 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
 
     monkeypatch.setattr(train, "learning_rate", interrupt)
     monkeypatch.setattr(sys, "argv", ["train.py"])
+    # Ctrl-C reaches the tee of `2>&1 | tee`, too: nobody reads what is said
+    monkeypatch.setattr(os, "write", mock.Mock(side_effect=BrokenPipeError))
     run_train("--out_dir=out/a")
     assert ("stopped and saved at step 4; go on with: python train.py --out_dir=out/a "
             "--resume") in capsys.readouterr().out
@@ -596,7 +638,7 @@ def test_a_run_that_goes_on_beyond_its_plan_says_so_and_keeps_its_first_result(w
     run_train("--out_dir=out/a", "--max_iters=3")
     resume("--max_iters=6")
     assert checkpoint_of("out/a")["history"] == [[3, 3]]
-    assert torch.load("out/a/ckpt.step-3.pt")["evaluation"]
+    assert checkpoint_of("out/a.step-3")["evaluation"]
 
 
 def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(workdir):
@@ -646,6 +688,20 @@ def test_what_is_not_finite_stops_the_run_and_never_replaces_a_good_checkpoint(
         resume("--max_iters=4")
     assert checkpoint_of("out/a")["step"] == 3
     assert signal.getsignal(signal.SIGINT) is handler  # a notebook can be interrupted again
+
+
+def test_a_loss_whose_exponential_overflows_is_no_reason_to_stop(workdir, monkeypatch):
+    validate = train.validate
+    monkeypatch.setattr(train, "validate", lambda *args: (1000.0, 1, validate(*args)[2]))
+    run_train("--out_dir=out/a", "--max_iters=1")
+    assert math.isfinite(read_log("out/a")[-1]["perplexity"])
+
+
+def test_a_tilde_in_out_dir_is_the_home_folder(workdir, monkeypatch):
+    monkeypatch.setenv("HOME", str(workdir / "home"))
+    run_train("--out_dir=~/a", "--max_iters=1")
+    assert (workdir / "home/a/ckpt.pt").exists() and not Path("~").exists()
+    train.main(["--out_dir=~/a", "--resume", "--max_iters=2"])
 
 
 def test_overwrite_keeps_what_it_replaces_under_another_name(workdir):
@@ -785,7 +841,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(script, flag, tmp_path)
 
 
 @pytest.mark.parametrize("flag, words", [
-    ("--router=best", "router must be one of aux, lossfree, kmeans, none, not 'best'"),
+    ("--router=best", "router must be one of aux, lossfree, kmeans, none or of what"),
     ("--config=7b", "config must be one of tiny, small, 1b"),
     ("--lr=1", "unrecognized arguments: --lr=1"),
     ("--max_iters=many", "max_iters: invalid int value: 'many'"),
@@ -820,10 +876,12 @@ def test_resume_refuses_data_that_were_prepared_from_another_corpus(workdir):
 
 def test_a_folder_that_holds_a_run_or_is_in_use_by_one_is_refused(workdir):
     held = train.claim(Path("out/a"), train.TrainConfig())
-    assert "another run writes to out/a right now" in refusal(run_train, "--out_dir=out/a")
+    assert "another process writes to out/a right now" in refusal(run_train, "--out_dir=out/a")
     held.close()
     run_train("--out_dir=out/a")
     assert "out/a already holds a run; pass --resume" in refusal(run_train, "--out_dir=out/a")
+    os.remove("out/a/ckpt.pt")  # the log alone is worth something, but nothing to go on from
+    assert "already holds a run; pass --overwrite" in refusal(run_train, "--out_dir=out/a")
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -1024,8 +1082,8 @@ def test_two_commands_at_once_do_not_mix_their_files(tmp_path, monkeypatch):
         return encode(enc, text)
     texts = write_folder(tmp_path / "texts", many(60))
     monkeypatch.setattr(prepare_data, "encode", meanwhile)
-    with pytest.raises(OSError, match="data/texts could not be made .*not empty"):
-        prepare(texts, data_root=tmp_path / "data", val_fraction=0.3)
+    assert "another process has made" in refusal(
+        prepare, texts, data_root=tmp_path / "data", val_fraction=0.3)
     assert len(documents(tmp_path / "data/texts", "val")) < 15  # those of the other
 
 
@@ -1298,15 +1356,21 @@ def test_edited_code_is_another_experiment_and_a_run_of_it_is_not_measured_witho
     assert "history" in printed.out and "over seeds" not in printed.out
 
 
-def test_a_run_knows_the_code_of_its_own_router(tmp_path, monkeypatch):
+def test_a_run_knows_the_code_of_its_script_and_of_its_own_router_with_its_base_classes(
+        tmp_path, monkeypatch):
+    base = type("Base", (ROUTERS["aux"],), {"__module__": "mine"})
+    monkeypatch.setitem(ROUTERS, "own", type("Own", (base,), {"__module__": "elsewhere"}))
+    monkeypatch.setitem(sys.modules, "elsewhere", SimpleNamespace())  # as in a notebook
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(__file__=tmp_path / "mine.py"))
     hashes = set()
-    for text in ("# one", "# two"):
-        (tmp_path / "mine.py").write_text(text)
-        own = type("Own", (ROUTERS["aux"],), {"__module__": "mine"})
-        monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(__file__=tmp_path / "mine.py"))
-        monkeypatch.setitem(ROUTERS, "own", own)
-        hashes |= {model.code_sha256("own"), model.code_sha256("aux")}
-    assert len(hashes) == 3
+    for script in ("train.py", "sweep.py"):
+        folder = ROOT if script == "train.py" else tmp_path
+        monkeypatch.setattr(sys, "argv", [str(folder / script)])
+        for text in ("# one", "# two"):
+            (tmp_path / "mine.py").write_text(text)
+            (tmp_path / "sweep.py").write_text("import train")
+            hashes |= {model.code_sha256("own"), model.code_sha256("aux")}
+    assert len(hashes) == 6  # two scripts, and the router is aux, or own in two versions
 
 
 def test_own_routers_look_different_in_colour_and_marker():

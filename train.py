@@ -23,6 +23,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -290,17 +291,17 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
 def claim(out_dir: Path, c: TrainConfig):
     """-> a locked file: until it is closed, no other run can be in out_dir. Raises ValueError for a
     folder that another run is in, or has been in."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    file = lock(out_dir)
-    if c.resume or not ((out_dir / "ckpt.pt").exists() or (out_dir / "log.jsonl").exists()):
-        return file
-    if not c.overwrite:
-        go_on = "--resume to go on with it, " if (out_dir / "ckpt.pt").exists() else ""
+    names = [name for name in ("ckpt.pt", "log.jsonl") if (out_dir / name).exists()]
+    if names and not (c.resume or c.overwrite):
+        go_on = "--resume to go on with it, " if "ckpt.pt" in names else ""
         raise ValueError(f"{out_dir} already holds a run; pass {go_on}--overwrite to start anew, "
                          "which renames that folder, or another --out_dir.")
-    n = 1
-    while (old := out_dir.with_name(f"{out_dir.name}.old-{n}")).exists():
-        n += 1
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file = lock(out_dir)
+    if not (names and c.overwrite):
+        return file
+    old = next(path for n in count(1)
+               if not (path := out_dir.with_name(f"{out_dir.name}.old-{n}")).exists())
     out_dir.rename(old)
     print(f"The run in {out_dir} is now in {old}.")
     return claim(out_dir, c)
