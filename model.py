@@ -89,9 +89,9 @@ def experts_by_definition(x, indices, gates, w_gate, w_up, w_down) -> Tensor:
 
 
 def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers the pairs of token t and its k-th expert, the assignments, t * K + k, and sorts them
-    by expert into the rows of a table. indices (N, K) of the experts -> order (N*K), inverse
-    (N, K), ends (E) int32:
+    """Assignment t * K + k: token t goes to its k-th expert. The fast experts below work on a table
+    with a row per assignment, those of expert 0 first, then 1, ... indices (N, K) of the experts ->
+    order (N*K), inverse (N, K), ends (E) int32:
 
         indices [[2, 0], [0, 1]]    the assignments 0, 1, 2, 3 go to the experts 2, 0, 0, 1
         order   [1, 2, 3, 0]        row r of the table is the assignment order[r]
@@ -106,13 +106,13 @@ def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
 
 class Experts(torch.autograd.Function):
     """The definition without the loop, and with its backward pass written out, for two reasons: it
-    shows the coupling, the claim of this project, and it saves only x, a and b, where autograd
-    would keep more for the same gradients. (xs, K copies of the hidden states, is gathered again:
+    shows the coupling, the claim of this project, and of the activations it saves only x, a and b,
+    where autograd would keep more for the same gradients. (The K copies of x are gathered again:
     the idea of SonicMoE, arXiv 2512.14080.)
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
     float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
-    does all experts; with rows = slice(ends[i - 1] or 0, ends[i]), the rows of expert i:
+    does all experts; with the rows of expert i, from ends[i - 1] (0 for the first) to ends[i]:
 
         A (N*K, P), B (E, P, Q):      out[rows] = A[rows] @ B[i]           (N*K, Q)
         A (P, N*K), B (N*K, Q):       out[i] = A[:, rows] @ B[rows]        (E, P, Q)
@@ -140,18 +140,17 @@ class Experts(torch.autograd.Function):
         h = silu * b                                                     # (N*K, H)
 
         dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
-        dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H) for gate * h
+        dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H) at gate * h
         # d_i of the README; autograd takes it on to the logits and, times x_t, to the router rows
         dgates = (dgh * h).sum(1, dtype=torch.float32)[inverse]          # (N, K)
         dh = gate * dgh                                                  # (N*K, H)
-        da = torch.ops.aten.silu_backward(dh * b, a)                     # (N*K, H)
+        da = torch.ops.aten.silu_backward(dh * b, a)                     # (N*K, H) dh b silu'(a)
         db = dh * silu                                                   # (N*K, H)
 
         # the geometric coupling: sums over the tokens t of expert i of (scalar) * x_t
-        #     row j of dW_gate_i      sum of da_tj x_t
-        #     row j of dW_up_i        sum of db_tj x_t
-        # as, for a learned router and the language-model loss, is the gradient of row r_i: the sum
-        # of dz_ti x_t, in which autograd makes dz, at the logits, of dgates
+        #     row n of dW_gate_i      sum of da_tn x_t
+        #     row n of dW_up_i        sum of db_tn x_t
+        #     router row r_i          sum of dz_ti x_t      dz, at the logits: autograd, from dgates
         dw_gate = weight_gradient(da, xs, ends)                          # (E, H, C)
         dw_up = weight_gradient(db, xs, ends)                            # (E, H, C)
         dw_down = weight_gradient(dys, gate * h, ends)                   # (E, C, H)

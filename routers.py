@@ -3,18 +3,18 @@
 A router looks at the hidden state of a token and sends the token to the top_k best of n_expert
 experts. Every router here is the same four verbs in the same order:
 
-    score     how well does each expert fit each token?            (N, C) -> (N, E)
+    score     how well does each expert fit each token?            (N, C) -> (N, E) twice
     select    which K experts does the token go to?                (N, E) -> (N, K)
     gate      how much does each of the K count? (sums to 1)       logits (N, K) -> (N, K)
-    update    once after each optimizer step: move what no gradient moves, by what count() saw
+    update    once after each optimizer step: move what no gradient moves, by what went where
 
 They differ in where the scores come from and in what keeps the load even:
 
-    router    scores                       balanced by
-    aux       learned rows r_i             a loss on uneven load, whose gradient reaches every row
-    lossfree  learned rows r_i             a bias b_i that takes part in the selection only
-    kmeans    centroids c_i, not learned   the same bias
-    none      learned rows r_i             nothing: the control that shows collapse
+    router    scores of expert i from      balanced by
+    aux       a learned row r_i            a loss on uneven load, whose gradient reaches every row
+    lossfree  a learned row r_i            a bias b_i that takes part in the selection only
+    kmeans    a centroid c_i, not learned  the same bias
+    none      a learned row r_i            nothing: the control that shows collapse
 
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k.
 Source: "Routers Learn the Geometry of Their Experts", arXiv 2605.12476; what its summaries leave
@@ -31,9 +31,9 @@ from torch import Tensor
 class Routing(NamedTuple):
     indices: Tensor   # (N, K) int64: the experts of each token, best first
     gates: Tensor     # (N, K) float32: their weights; each row sums to 1
-    aux_loss: Tensor  # scalar float32: all that the router adds to the training loss, or 0
-    logits: Tensor    # (N, E) float32: before softmax or sigmoid; gate() starts from these
-    scores: Tensor    # (N, E) float32: after it; the selection compares these, plus any bias
+    aux_loss: Tensor  # scalar float32: what the router adds to the training loss: balance, z-loss
+    logits: Tensor    # (N, E) float32: x R^T, or cosines (kmeans); gate() starts from these
+    scores: Tensor    # (N, E) float32: after softmax or sigmoid, or the same cosines; for select()
 
 
 class Router(nn.Module):
@@ -71,12 +71,13 @@ class Router(nn.Module):
         """scores (N, E) -> indices (N, K), best first."""
         return scores.topk(self.config.top_k, dim=-1).indices
 
-    def gate(self, chosen: Tensor) -> Tensor:
+    def gate(self, chosen_logits: Tensor) -> Tensor:
         """Logits of the chosen experts (N, K) -> gates (N, K)."""
         raise NotImplementedError
 
     def update(self) -> None:
-        """Move bias and centroids by the statistics of the whole step, all micro-batches."""
+        """Nothing, unless overridden: move what no gradient moves, by the statistics of the whole
+        step, all micro-batches."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         return logits.new_zeros(())
@@ -115,7 +116,7 @@ def bias_step(bias: Tensor, load: Tensor, rate: float) -> None:
 
 
 class LearnedRouter(Router):
-    """Linear scores and no balancing at all.
+    """Linear logits and no balancing at all; the base of the other two learned routers.
 
         z = x R^T                                    R (E, C) learned; z the logits
         s = softmax(z), or sigmoid(z)
@@ -128,9 +129,10 @@ class LearnedRouter(Router):
     expert's W_gate and W_up: router row and expert move along the same tokens. The coupling.
     With K = 1 the gate is always 1 and that gradient 0: such a row never learns from the loss.
 
-    The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) keeps logits small. Its gradient at z_i,
-    2 logsumexp(z) softmax(z)_i, has one sign for all i: a token moves all rows along x the same
-    way. The other losses pass a softmax (if that is score_fn): their gradient sums to 0 over i."""
+    The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) has nothing to do with balance: it pulls
+    logsumexp(z) to 0. Its gradient at z_i is in proportion to logsumexp(z) softmax(z)_i, of one
+    sign for all i: a token moves all rows along x the same way. The other losses pass a softmax (if
+    that is score_fn): their gradient sums to 0 over i."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -145,30 +147,30 @@ class LearnedRouter(Router):
         softmax = self.config.score_fn == "softmax"
         return logits, logits.softmax(-1) if softmax else logits.sigmoid()
 
-    def gate(self, chosen: Tensor) -> Tensor:
+    def gate(self, chosen_logits: Tensor) -> Tensor:
         # softmax over all E, then normalised over S, is the softmax over S: written so, the
         # unselected logits get a gradient of exactly 0 and not of rounding noise
         if self.config.score_fn == "softmax":
-            return chosen.softmax(-1)  # (N, K)
-        return F.normalize(chosen.sigmoid(), p=1.0, dim=-1)
+            return chosen_logits.softmax(-1)  # (N, K)
+        return F.normalize(chosen_logits.sigmoid(), p=1.0, dim=-1)
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         return self.config.z_loss_coef * logits.logsumexp(-1).square().mean()
 
 
 class AuxLossRouter(LearnedRouter):
-    """Linear scores, balanced by a loss (Switch Transformers, arXiv 2101.03961, eq. 4).
+    """Linear logits, balanced by a loss (Switch Transformers, arXiv 2101.03961, eq. 4).
 
         z, s, S, gates                   as LearnedRouter
         aux_loss = aux_loss_coef * E * sum over i of f_i P_i, plus the z-loss
             f_i = share of the N * K assignments that went to expert i      (no gradient)
             P_i = mean over tokens of s_i / sum over j of s_j               (softmax: sum is 1)
 
-    f is that of one forward pass, of one micro-batch on one process. At perfect balance aux_loss =
-    aux_loss_coef, and its gradient is 0. Else, with softmax scores, at logit i of token t it is
+    f is that of one micro-batch on one process. If all f_i are equal, the first term is
+    aux_loss_coef and its gradient 0. Else, with softmax scores, its gradient at z_ti is
         aux_loss_coef * E / N * s_ti (f_i - sum over j of f_j s_tj):
-    busy experts go down, idle ones up. Every token sends that, along its x, to every row: it mixes
-    into r_i tokens that expert i never saw."""
+    experts busier than those that the token likes go down, the others up. Every token sends that,
+    along its x, to every row: it mixes into r_i tokens that expert i never saw."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         f = assigned.mean(0) / self.config.top_k                          # (E)
@@ -178,7 +180,7 @@ class AuxLossRouter(LearnedRouter):
 
 
 class LossFreeRouter(LearnedRouter):
-    """Linear scores, balanced by a bias without any loss (arXiv 2408.15664).
+    """Linear logits, balanced by a bias without any loss (arXiv 2408.15664).
 
         z, s, gates                      as LearnedRouter
         S = top-K of s + b               b never enters the gates
@@ -209,7 +211,8 @@ class KMeansRouter(Router):
 
     def __init__(self, config):
         super().__init__(config)
-        self.register_buffer("centroids", torch.zeros(config.n_expert, config.n_embd))  # (E, C)
+        # (E, C); SMoETransformer.init_weights makes them random
+        self.register_buffer("centroids", torch.zeros(config.n_expert, config.n_embd))
         self.register_buffer("bias", torch.zeros(config.n_expert))                      # (E)
         self.register_buffer("total", torch.zeros_like(self.centroids), persistent=False)  # (E, C)
 
@@ -226,8 +229,8 @@ class KMeansRouter(Router):
     def select(self, scores: Tensor) -> Tensor:
         return super().select(scores + self.bias)
 
-    def gate(self, chosen: Tensor) -> Tensor:
-        return (chosen / self.config.gate_temperature).softmax(-1)  # (N, K)
+    def gate(self, chosen_logits: Tensor) -> Tensor:
+        return (chosen_logits / self.config.gate_temperature).softmax(-1)  # (N, K)
 
     def count(self, x: Tensor, assigned: Tensor) -> None:
         super().count(x, assigned)
