@@ -509,6 +509,11 @@ class Group(NamedTuple):
     runs: list[dict]  # the metrics of each
     style: dict       # color, linestyle, marker
 
+    def first(self) -> str:
+        """What to call the first run, where a figure shows one alone."""
+        seed = f", seed {self.runs[0]['seed']}" if len(self.runs) > 1 else ""
+        return f"{self.label}{seed}, layer {self.runs[0]['middle_depth']}"
+
     def values(self, key: str) -> np.ndarray:
         """(seeds, ...) float, nan for null."""
         return np.array([run[key] for run in self.runs], dtype=float)
@@ -538,7 +543,7 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
 
 def group_runs(runs: dict[str, dict]) -> list[Group]:
     """The groups, in the order of their first runs. The label of one run is its name, that of
-    several NAME or, where two groups have that NAME, like NAME-1 to 3."""
+    several NAME or, where two groups have that NAME, like NAME-1,3."""
     found = {}
     for name, run in runs.items():
         seed = f"-{run['seed']}"
@@ -552,7 +557,7 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
         if len(members) == 1:
             label = members[0]
         elif bases.count(base) > 1:
-            label = f"{members[0]} to {runs[members[-1]]['seed']}"
+            label = f"{base}-{','.join(str(runs[name]['seed']) for name in members)}"
         # the first group of a router has the fixed style
         color, line, marker = styles.pop(runs[members[0]]["router"], None) or next(others)
         groups.append(Group(label, [runs[name] for name in members], dict(
@@ -694,7 +699,7 @@ def draw_load(fig, groups) -> None:
     add_legend(fig, left)
     draw_points(right, groups, "load_cv", "Std of the load / even load\n(dotted: that of "
                 "independent draws)", "load_cv_sampling")
-    right.set_xscale("log")
+    right.set_xscale("symlog", linthresh=1e-3)
     plain_numbers(right.xaxis)
 
 
@@ -708,7 +713,7 @@ def draw_similarity(fig, groups) -> None:
     for ax, cosines, group in zip(axes, maps, chosen):
         np.fill_diagonal(cosines, np.nan)  # always 1: grey
         image = ax.imshow(cosines, vmin=-scale, vmax=scale, cmap="RdBu_r")
-        ax.set_title(f"{group.label}, layer {group.runs[0]['middle_depth']}", fontsize=10)
+        ax.set_title(group.first(), fontsize=10)
         ax.set(xticks=[], yticks=[], ylabel="expert", facecolor="0.6", xlabel="expert\nall layers: "
                f"mean |cosine| {group.mean('router_similarity'):.3f}\n"
                f"(chance: {group.mean('router_similarity_chance'):.3f}), "
@@ -777,8 +782,7 @@ def draw_experts(fig, groups) -> None:
         run = group.runs[0]
         ax, colors = fig.add_subplot(grid[i, 0]), expert_colors(run["n_expert"])
         ax.set(xlim=(0, 70), ylim=(8, 0))
-        ax.set_title(f"{group.label}, layer {run['middle_depth']} of 0 to {run['depth'][-1]}",
-                     fontsize=10, loc="left")
+        ax.set_title(f"{group.first()} of 0 to {run['depth'][-1]}", fontsize=10, loc="left")
         for y, line in enumerate(run["text"]):
             x = 0
             for text, expert in line:
@@ -815,8 +819,6 @@ FIGURES = {  # file: what draws it, its title, height in inches
 
 def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
     """-> the PNG files, 1350 pixels wide. Raises ImportError without matplotlib."""
-    for name in FIGURES:  # none of other numbers may stay
-        (out_dir / name).unlink(missing_ok=True)
     from matplotlib import rcParams
     from matplotlib.figure import Figure  # in place of pyplot: no global state, no display
 
@@ -886,7 +888,7 @@ def write_metrics(path: Path, runs: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
-    args, runs = parse_args(argv), {}
+    args, found, runs = parse_args(argv), [], {}
     folders = args.run or ([] if args.hf else sorted(
         path.parent for path in Path("out").glob("*/ckpt.pt")))
     if not (folders or args.hf):
@@ -898,24 +900,27 @@ def main(argv: list[str]) -> None:
         kept = next(old for n in count(1)
                     if not (old := path.with_name(f"metrics.old-{n}.json")).exists())
         shutil.copy(path, kept)
+    for name in FIGURES:  # none may stay beside other numbers
+        (path.parent / name).unlink(missing_ok=True)
     # a metrics.json is read first: it may be the one that is then replaced
     for source in sorted([*folders, *args.hf], key=lambda source: source.suffix != ".json"):
         folder = source.expanduser()
         try:
             if folder.suffix == ".json":
-                found = read_metrics(folder)
+                found += [(name, f"{source}/{name}", metrics)
+                          for name, metrics in read_metrics(folder).items()]
             else:
                 seen = (observe_hf(folder, args.text, args.tokens, args.device, args.dtype)
                         if source in args.hf else observe_run(folder, args.tokens, args.device))
                 if len(seen.tokens) < args.tokens:
                     warn(f"{source} saw {len(seen.tokens)} tokens, not {args.tokens}: the text is "
                          "too short.")
-                found = {folder.resolve().name: measure(seen)}
+                found.append((folder.resolve().name, str(source), measure(seen)))
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: also out of memory
             warn(f"{source} is left out: {' '.join(str(error).split())}")  # on one line
             continue
-        runs |= {f"{source.parent}/{name}" if name in runs else name: metrics
-                 for name, metrics in found.items()}
+        names = [name for name, _, _ in found]
+        runs = {place if names.count(name) > 1 else name: metrics for name, place, metrics in found}
         if folder.suffix != ".json":  # at once: the next one may take an hour
             write_metrics(path, runs)
     if runs:

@@ -63,6 +63,8 @@ class Config:
         self.check(self.router in ROUTERS, "router",
                    f"one of {', '.join(ROUTERS)} or of what your script registers")
         self.check(self.score_fn in ("softmax", "sigmoid"), "score_fn", "softmax or sigmoid")
+        self.check(0 <= self.ema_decay < 1, "ema_decay", "from 0 to below 1")
+        self.check(self.gate_temperature > 0, "gate_temperature", "positive")
 
     def check(self, ok: bool, name: str, rule: str) -> None:
         if not ok:
@@ -461,23 +463,24 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 # settings that change nothing but rounding: --resume may change them, analyze.py averages over them
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "eval_interval",
               "log_interval"}
-FILES = [Path(__file__).resolve().with_name(f"{name}.py")
+FILES = [Path(__file__).with_name(f"{name}.py")
          for name in ("routers", "model", "prepare_data", "train")]
 CODE = "".join(file.read_text() for file in FILES if file.exists())  # as it was imported
 
 
 def code_sha256(router: str) -> str:
-    """Of the code that makes a run what it is, beside its settings: the four files and what you
-    wrote, the script that starts the run and those that have the router and its base classes."""
-    sources, script = {CODE}, Path(sys.argv[0]).resolve()
-    if script.suffix == ".py" and script.is_file() and "site-packages" not in script.parts and (
-            script not in [*FILES, FILES[0].with_name("analyze.py")]):
-        sources.add(script.read_text())
+    """Of the code that makes a run what it is, beside its settings: the four files, those that have
+    a router of yours and its base classes, and methods that you put into a router from outside."""
+    sources = {CODE}
     for cls in ROUTERS[router].__mro__:
-        if cls.__module__ not in ("routers", "builtins", nn.Module.__module__):
+        if cls.__module__ in ("builtins", nn.Module.__module__):
+            continue
+        with suppress(OSError, TypeError):  # a notebook keeps the source of its cells, a shell not
             file = Path(getattr(sys.modules[cls.__module__], "__file__", None) or "")
-            with suppress(OSError, TypeError):  # a notebook keeps its cells, a shell nothing
+            if cls.__module__ != "routers":
                 sources.add(file.read_text() if file.is_file() else inspect.getsource(cls))
+            sources |= {inspect.getsource(member) for member in vars(cls).values()
+                        if inspect.isfunction(member) and member.__module__ != cls.__module__}
     return hashlib.sha256("".join(sorted(sources)).encode()).hexdigest()
 
 
@@ -503,8 +506,8 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     config = Config(**settings)
     if checkpoint["code_sha256"] != code_sha256(config.router):
         print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
-              "prepare_data.py, train.py or a script of yours): where they compute other things, "
-              "what follows is of neither.", file=sys.stderr)
+              "prepare_data.py, train.py or your router): where they compute other things, what "
+              "follows is of neither.", file=sys.stderr)
     return model, checkpoint
 
 

@@ -129,7 +129,7 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
                             **kind)
 
     # parsed twice: to find the preset or the checkpoint, then with its settings as the defaults
-    named, loaded = parser.parse_args(argv), None
+    named, loaded = parser.parse_args([flag for flag in argv if flag not in ("-h", "--help")]), None
     if named.config not in PRESETS:
         raise ValueError(f"config must be one of {', '.join(PRESETS)}, not {named.config!r}.")
     parser.set_defaults(**PRESETS[named.config])
@@ -301,7 +301,7 @@ def claim(out_dir: Path, c: TrainConfig):
     if not (names and c.overwrite):
         return file
     old = next(path for n in count(1)
-               if not (path := out_dir.with_name(f"{out_dir.name}.old-{n}")).exists())
+               if not (path := out_dir.with_name(f"{out_dir.name}.old{n}")).exists())
     out_dir.rename(old)
     print(f"The run in {out_dir} is now in {old}.")
     return claim(out_dir, c)
@@ -467,16 +467,17 @@ def finish(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
           f"({metrics['val_loss']:.3f} nats)")
     print(f"load CV {c.n_expert * metrics['load_std']:.3f} (even load: 0, all tokens to {c.top_k} "
           f"experts: {collapsed:.3f})")
-    print(f"the run lies in {c.out_dir}; next: {command('analyze', c.out_dir)}")
+    print(f"the run lies in {c.out_dir}; next: "
+          + command("analyze", c.router, c.out_dir))
 
 
-def command(script: str, *flags: str) -> str:
-    """What the user types next. Other scripts do not know a router that the user's own script
-    registers, so the command imports that script first."""
-    mine = Path(sys.argv[0]).stem
-    if mine == "train" or script == mine:
+def command(script: str, router: str, *flags: str) -> str:
+    """What the user types next; it imports the user's script first if that registers the router."""
+    module = ROUTERS[router].__module__
+    if module == "routers":
         return shlex.join(["python", f"{script}.py", *flags])
-    return f'python -c "import {mine}, {script}; {script}.main({list(flags)})"'
+    module = Path(sys.argv[0]).stem if module == "__main__" else module
+    return f'python -c "import {module}, {script}; {script}.main({list(flags)})"'
 
 
 def restore(loaded: tuple, data, device, c: TrainConfig) -> tuple:
@@ -500,17 +501,18 @@ def main(argv: list[str]) -> None:
     machine, code, out_dir = set_up(c), code_sha256(c.router), Path(c.out_dir)
     device, dtype, autocast, rank, world_size = machine
     master, log_path, checkpoint_path = rank == 0, out_dir / "log.jsonl", out_dir / "ckpt.pt"
-    claimed = claim(out_dir, c) if master else None  # it holds while this file is open
     data = open_data(c, machine)
+    claimed = claim(out_dir, c) if master else None  # it holds while this file is open
     torch.manual_seed(c.seed)  # the same weights on every rank
     if loaded:
         raw_model, optimizer, step, history = restore(loaded, data, device, c)
         # the log forgets what came after the checkpoint
         metrics, records = {}, [record for record in read_log(log_path) if record["step"] <= step]
         if master and loaded[1]["evaluation"]:  # a finished run, which goes on, keeps its result
-            kept = out_dir.with_name(f"{out_dir.name}.step-{step}")
+            kept = out_dir / f"step-{step}"
             kept.mkdir(exist_ok=True)
-            shutil.copyfile(checkpoint_path, kept / "ckpt.pt")
+            for path in (log_path, checkpoint_path):
+                shutil.copy(path, kept)
             print(f"The run as it was finished is kept in {kept}.")
     else:
         raw_model = SMoETransformer(c).to(device)
@@ -585,7 +587,7 @@ def main(argv: list[str]) -> None:
     bar.close()
     if master and step < c.max_iters:
         print(f"stopped and saved at step {step}; go on with: "
-              + command(Path(sys.argv[0]).stem, f"--out_dir={c.out_dir}", "--resume"))
+              + command("train", c.router, f"--out_dir={c.out_dir}", "--resume"))
     elif master:
         finish(raw_model, data, metrics, autocast, c)
     if world_size > 1:  # together: a process that leaves early can take gloo's threads down with it
