@@ -404,7 +404,8 @@ def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
     for block, layer in zip(model.blocks, seen):
         x = torch.cat([x for x, _ in layer]).float()                     # (N, C)
         scores = torch.cat([routing.scores for _, routing in layer])     # (N, E)
-        coupling.append(spearman(scores, expert_activations(x, block.moe.w_gate)[0]).nanmean())
+        activation = torch.einsum("nc,ehc->neh", x, block.moe.w_gate).norm(dim=-1)  # (N, E)
+        coupling.append(spearman(scores, activation).nanmean())
     return torch.stack(coupling)
 
 
@@ -423,24 +424,23 @@ def router_cosines(directions: Tensor) -> Tensor:
 
 
 def router_similarity(directions: Tensor) -> Tensor:
-    """directions (E, C) -> mean |cos| over the pairs i < j. Chance level: sqrt(2 / (pi C))."""
-    E = len(directions)
-    return router_cosines(directions).abs().triu(diagonal=1).sum() / max(1, E * (E - 1) // 2)
+    """directions (E, C) -> (2): mean |cos| and mean cos over the pairs i < j; nan for one expert.
+    By chance sqrt(2 / (pi C)) and 0."""
+    i, j = torch.triu_indices(len(directions), len(directions), offset=1)
+    pairs = router_cosines(directions)[i, j]                             # (E (E - 1) / 2)
+    return torch.stack([pairs.abs().mean(), pairs.mean()])
 
 
-def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor | None = None) -> Tensor:
+def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
     """How strongly every expert reacts to every token, chosen or not: norms over the H neurons.
 
         a_ti = ||W_gate_i x_t||,   ||silu(W_gate_i x_t)||,   ||silu(W_gate_i x_t) * (W_up_i x_t)||
 
-    x (N, C), w_gate, w_up (E, H, C) -> (3, N, E); without w_up the first of them alone, (1, N, E).
-    Makes N * E * H numbers at once: pass a few thousand tokens at most."""
+    x (N, C), w_gate, w_up (E, H, C) -> (3, N, E). Makes N * E * H numbers at once: pass a few
+    thousand tokens at most."""
     a = torch.einsum("nc,ehc->neh", x, w_gate)                           # (N, E, H)
-    norms = [a.norm(dim=-1)]                                             # (N, E)
-    if w_up is not None:
-        b = torch.einsum("nc,ehc->neh", x, w_up)                         # (N, E, H)
-        norms += [F.silu(a).norm(dim=-1), (F.silu(a) * b).norm(dim=-1)]
-    return torch.stack(norms)
+    b = torch.einsum("nc,ehc->neh", x, w_up)                             # (N, E, H)
+    return torch.stack([v.norm(dim=-1) for v in (a, F.silu(a), F.silu(a) * b)])
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
@@ -469,8 +469,8 @@ CODE = "".join(file.read_text() for file in FILES if file.exists())  # as it was
 
 
 def code_sha256(router: str) -> str:
-    """Of the code that makes a run what it is, beside its settings: the four files, those that have
-    a router of yours and its base classes, and methods that you put into a router from outside."""
+    """Of the code that makes a run what it is, beside its settings: CODE; the files that define a
+    router of yours and its base classes; methods that you put into a router from outside."""
     sources = {CODE}
     for cls in ROUTERS[router].__mro__:
         if cls.__module__ in ("builtins", nn.Module.__module__):
@@ -491,9 +491,6 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         settings = {field.name: checkpoint["config"][field.name] for field in fields(Config)}
-        for key in ("optimizer", "step", "evaluation", "rng", "history", "data_sha256",
-                    "val_sha256", "code_sha256", "tokenizer"):
-            checkpoint[key]  # KeyError if it is missing
         if settings["router"] in ROUTERS:  # else Config says, below, that it is not registered
             model = SMoETransformer(Config(**settings))
             model.load_state_dict(checkpoint["model"])
@@ -506,8 +503,8 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     config = Config(**settings)
     if checkpoint["code_sha256"] != code_sha256(config.router):
         print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
-              "prepare_data.py, train.py or your router): where they compute other things, what "
-              "follows is of neither.", file=sys.stderr)
+              "prepare_data.py, train.py or your router): its numbers may belong to neither.",
+              file=sys.stderr)
     return model, checkpoint
 
 

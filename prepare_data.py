@@ -78,9 +78,10 @@ def printable(tokenizer, ids):
 def open_corpus(dataset, glob, val_fraction, data_root):
     """-> generator of the pieces of a built-in data set, or of a text file or folder."""
     path = Path(dataset).expanduser()
-    if glob and (dataset in DATASETS or not path.is_dir() or Path(glob).is_absolute()):
-        raise ValueError(f"--glob picks files inside a folder, but {dataset} is not a folder, or "
-                         f"{glob} not inside it.")
+    if glob and (dataset in DATASETS or not path.is_dir()):
+        raise ValueError(f"--glob picks files inside a folder, but {dataset} is not a folder.")
+    if Path(glob or "*").is_absolute():
+        raise ValueError(f"--glob is relative to the folder, which {glob} is not.")
     if dataset == "fineweb-edu":
         return stream_fineweb_edu(val_fraction)
     if dataset in ("stdlib", "python"):
@@ -109,8 +110,10 @@ def find_files(root, glob, skip=frozenset()):
     found = []
     for path in sorted(Path(root).rglob(glob)):
         parts = path.relative_to(root).parts
-        if not (skip & set(parts) or any(part.startswith(".") for part in parts)
-                or path.suffix == ".bin") and path.is_file() and path.stat().st_size:
+        hidden = any(part.startswith(".") for part in parts)
+        if hidden or skip & set(parts) or path.suffix == ".bin" or not path.is_file():
+            continue
+        if path.stat().st_size:
             found.append(path)
     return found
 
@@ -383,16 +386,16 @@ def lock(folder):
 def main(argv):
     parser = Parser(allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, kind, default, text in (
-            ("dataset", str, "stdlib", f"{', '.join(DATASETS)}, or a text file or folder (UTF-8)"),
-            ("tokenizer", str, "bytes", "bytes, or a tiktoken encoding such as gpt2"),
-            ("val_fraction", float, 0.05, "share of the documents (or of one file) in val.bin"),
-            ("name", str, None, "folder in data/; by default named after the data set"),
-            ("glob", str, None, "which files of a folder, by name, for example '*.md'"),
-            ("max_tokens", int, None, "the most tokens to write, both files together")):
-        text += "" if default is None else f" (default: {default})"
-        parser.add_argument(f"--{flag}", type=kind, default=default, help=text,
-                            metavar=kind.__name__)
+    parser.add_argument("--dataset", default="stdlib", metavar="NAME", help="a text file or folder "
+                        f"(UTF-8), or {', '.join(DATASETS)} (default: %(default)s)")
+    parser.add_argument("--tokenizer", default="bytes", metavar="NAME",
+                        help="bytes, or a tiktoken encoding such as gpt2 (default: %(default)s)")
+    parser.add_argument("--val_fraction", type=float, default=0.05, metavar="F", help="share of "
+                        "the documents, or of a single file, in val.bin (default: %(default)s)")
+    parser.add_argument("--name", help="folder in data/ (default: named after the data set)")
+    parser.add_argument("--glob", help="which files of a folder, by name, for example '*.md'")
+    parser.add_argument("--max_tokens", type=int, metavar="N",
+                        help="the most tokens to write, both files together (default: all)")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as well
     prepare(**vars(parser.parse_args(argv)))
 

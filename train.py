@@ -44,7 +44,9 @@ from routers import update_routers
 # ---------------------------------------------------------------- settings
 
 LEARNED = ("aux", "lossfree", "none")
-READ_BY = {  # which of the built-in routers read a setting; one of your own may read any
+# Which of the built-in routers read a setting; one of your own may read any. The others refuse it:
+# kmeans with --score_fn=sigmoid would pass for a result about sigmoid scores
+READ_BY = {
     "score_fn": LEARNED, "z_loss_coef": LEARNED,
     "aux_loss_coef": ("aux",), "bias_update_rate": ("lossfree", "kmeans"),
     "ema_decay": ("kmeans",), "gate_temperature": ("kmeans",)}
@@ -91,7 +93,6 @@ class TrainConfig(Config):
         self.check(not (self.compile and self.dtype == "float32"), "dtype",
                    "bfloat16 with --compile")
         self.check(not (self.resume and self.overwrite), "overwrite", "left out with --resume")
-        # kmeans with --score_fn=sigmoid would pass for a result about sigmoid scores
         own = self.router not in (*LEARNED, "kmeans")
         for name, routers in READ_BY.items():
             default = getattr(Config, name)
@@ -147,7 +148,8 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
 def check_resume(checkpoint: dict, c: TrainConfig) -> None:
     """A run keeps its settings, or it would be another one. Two changes that make a difference are
     allowed: of max_iters (it stretches the cosine of the learning rate) and of the code. Each goes
-    into the checkpoint's history as [step of the change, the old value]. Raises ValueError."""
+    into the checkpoint's history as [step of the change, what, the old value]. Raises
+    ValueError."""
     old, step = checkpoint["config"], checkpoint["step"]
     for name in sorted(old.keys() & vars(c).keys() - INCIDENTAL - {"max_iters"}):
         if old[name] != getattr(c, name):
@@ -156,10 +158,10 @@ def check_resume(checkpoint: dict, c: TrainConfig) -> None:
     if step >= c.max_iters:
         raise ValueError(f"the run in {c.out_dir} has done all its {step} steps; pass a larger "
                          "--max_iters to go on.")
-    for before, now in ((old["max_iters"], c.max_iters),
-                        (checkpoint["code_sha256"], code_sha256(c.router))):
+    for name, before, now in (("max_iters", old["max_iters"], c.max_iters),
+                              ("code", checkpoint["code_sha256"], code_sha256(c.router))):
         if before != now:
-            checkpoint["history"].append([step, before])
+            checkpoint["history"].append([step, name, before])
 
 
 # ---------------------------------------------------------------- the machine
@@ -206,7 +208,7 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 def keep_freed_memory() -> None:
     """glibc: keep freed memory; else each step hands it to the kernel and gets it back zeroed, page
-    by page, which measured 12 to 17 % of a step."""
+    by page (docs/speed.md)."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD and
@@ -242,16 +244,14 @@ def learning_rate(step: int, c: TrainConfig) -> float:
 
 def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> torch.Tensor:
     """One optimizer step over this process's micro-batches [(x, y)] -> (2) mean loss and aux_loss.
-    In bfloat16 on H100, H200 or B200 nothing here waits for the device, so its queue never runs
-    dry; elsewhere grouped_mm, by its source, has no kernel of its own and reads `ends` on the
-    host."""
+    Nothing here waits for a GPU, so that its queue never runs dry (docs/speed.md)."""
     losses = []
     for i, (x, y) in enumerate(batches):
         if isinstance(model, DDP):  # the gradients travel once a step, with the last micro-batch
             model.require_backward_grad_sync = i == len(batches) - 1
         with autocast:
             loss, aux_loss = model(x, y)[1:]  # keeps no reference to the large logits
-        ((loss + aux_loss) / len(batches)).backward()
+        ((loss + aux_loss) / len(batches)).backward()  # the mean over micro-batches
         losses.append(torch.stack([loss, aux_loss]).detach())
     if c.grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
@@ -276,11 +276,11 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     sums = sum_over_processes(torch.tensor([loss, n], dtype=torch.double, device=machine.device))
     val_loss = (sums[0] / sums[1]).item()
     load_std, max_violation = load_balance(loads)                        # (n_layer) each
-    similarity = torch.stack([router_similarity(r.directions) for r in model.routers()])
+    similarity = torch.stack([router_similarity(r.directions)[0] for r in model.routers()])
     metrics = {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700.0)),  # no infinity
                "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
-               "router_similarity": similarity.mean().item(),
-               # nan: a single expert's score is constant
+               # nan: there is a single expert
+               "router_similarity": similarity.mean().nan_to_num().item(),
                "coupling_spearman": coupling.mean().nan_to_num().item(),
                "val_tokens": int(sums[1])}
     return metrics, {"val_loss": val_loss, "tokens": int(sums[1]), "load": loads}
@@ -297,7 +297,7 @@ def claim(out_dir: Path, c: TrainConfig):
         raise ValueError(f"{out_dir} already holds a run; pass {go_on}--overwrite to start anew, "
                          "which renames that folder, or another --out_dir.")
     out_dir.mkdir(parents=True, exist_ok=True)
-    file = lock(out_dir)
+    file = lock(out_dir)  # before the folder is renamed: a run may be in it
     if not (names and c.overwrite):
         return file
     old = next(path for n in count(1)
@@ -334,17 +334,22 @@ def write_log(path: Path, records: list[dict], anew: bool) -> None:
         raise OSError(f"{path} could not be written ({error.strerror}).") from error
 
 
-def save_checkpoint(path: Path, model, optimizer, step: int, evaluation: dict | None, data, dtype,
-                    history: list, code: str, c: TrainConfig) -> None:
-    """Writes beside `path`, then renames: kill it when you like, what lies at `path` is whole.
-    `evaluation`: of a run that has done all its steps; `code`: code_sha256 at its start."""
+def describe(c: TrainConfig, dtype: torch.dtype, data, history: list) -> dict:
+    """What a checkpoint says of its run. Made at the start, as files may be edited meanwhile."""
     config = asdict(c) | {"dtype": str(dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
-    state = dict(
-        model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, config=config,
-        evaluation=evaluation, rng=torch.get_rng_state(), history=history, code_sha256=code,
+    return dict(
+        config=config, history=history, code_sha256=code_sha256(c.router),
         data_sha256=data.meta["sha256"]["train.bin"], val_sha256=data.meta["sha256"]["val.bin"],
         tokenizer=data.meta["tokenizer"]["name"])
+
+
+def save_checkpoint(path: Path, about: dict, model, optimizer, step: int,
+                    evaluation: dict | None) -> None:
+    """Writes beside `path`, then renames: kill it when you like, what lies at `path` is whole.
+    `evaluation`: of a run that has done all its steps."""
+    state = about | dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                         evaluation=evaluation, rng=torch.get_rng_state())
     temporary = path.with_suffix(".tmp")
     try:
         torch.save(state, temporary)
@@ -362,9 +367,9 @@ def check_finite(record: dict, model, path: Path) -> None:
     losses = [record[key] for key in ("train_loss", "val_loss") if key in record]
     weights = all(p.isfinite().all() for p in model.parameters())
     if not (weights and all(map(math.isfinite, losses))):
-        raise SystemExit(f"train.py: loss or weights are not finite at step {record['step']}; the "
-                         f"last good checkpoint, if any, is {path}. Try a lower --learning_rate or "
-                         "a longer --warmup_iters.")
+        raise ValueError(f"loss or weights are not finite at step {record['step']}; the last good "
+                         f"checkpoint, if any, is {path}. Try a lower --learning_rate or a longer "
+                         "--warmup_iters.")
 
 
 # ---------------------------------------------------------------- speed
@@ -385,8 +390,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def bench(c: TrainConfig, steps: int = 10) -> None:
-    """Trains on synthetic tokens and prints speed and memory. The dense product timed in the same
-    run tells what this device, as busy as it is now, could do at best."""
+    """Trains on synthetic tokens and prints speed and memory, beside the limit: dense products of
+    the same FLOPs, timed in the same minute."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--bench measures one device; start it with python, not torchrun.")
     device, dtype, autocast, _, _ = set_up(c)
@@ -477,7 +482,8 @@ def command(script: str, router: str, *flags: str) -> str:
     if module == "routers":
         return shlex.join(["python", f"{script}.py", *flags])
     module = Path(sys.argv[0]).stem if module == "__main__" else module
-    return f'python -c "import {module}, {script}; {script}.main({list(flags)})"'
+    call = f"import {module}, {script}; {script}.main({json.dumps(flags)})"
+    return shlex.join(["python", "-c", call])
 
 
 def restore(loaded: tuple, data, device, c: TrainConfig) -> tuple:
@@ -490,7 +496,7 @@ def restore(loaded: tuple, data, device, c: TrainConfig) -> tuple:
                          "trained on; prepare that again, or start another run.")
     optimizer = make_optimizer(model, c)
     optimizer.load_state_dict(checkpoint["optimizer"])
-    torch.set_rng_state(checkpoint["rng"])
+    torch.set_rng_state(checkpoint["rng"])  # for the sample at the end: batches do not need it
     return model, optimizer, checkpoint["step"], checkpoint["history"]
 
 
@@ -498,7 +504,7 @@ def main(argv: list[str]) -> None:
     c, loaded = parse_args(argv)
     if c.bench:
         return bench(c)
-    machine, code, out_dir = set_up(c), code_sha256(c.router), Path(c.out_dir)
+    machine, out_dir = set_up(c), Path(c.out_dir)
     device, dtype, autocast, rank, world_size = machine
     master, log_path, checkpoint_path = rank == 0, out_dir / "log.jsonl", out_dir / "ckpt.pt"
     data = open_data(c, machine)
@@ -520,6 +526,8 @@ def main(argv: list[str]) -> None:
         metrics, _ = evaluate(raw_model, data, c.eval_tokens, machine, c)
         records = [{"step": 0} | dict.fromkeys(
             ("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu")) | metrics]
+    loaded = None  # else a replaced checkpoint would keep its place on the disk
+    about = describe(c, dtype, data, history)
     if master:
         write_log(log_path, records, anew=True)
     model = compiled(raw_model) if c.compile else raw_model
@@ -579,8 +587,8 @@ def main(argv: list[str]) -> None:
             if master:
                 write_log(log_path, [record], anew=False)
                 if evaluating or stop:
-                    save_checkpoint(checkpoint_path, raw_model, optimizer, step,
-                                    evaluation if last else None, data, dtype, history, code, c)
+                    save_checkpoint(checkpoint_path, about, raw_model, optimizer, step,
+                                    evaluation if last else None)
                 if evaluating:
                     tqdm.write(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
             start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
