@@ -694,7 +694,7 @@ def draw_load(fig, groups) -> None:
     add_legend(fig, left)
     draw_points(right, groups, "load_cv", "Std of the load / even load\n(dotted: that of "
                 "independent draws)", "load_cv_sampling")
-    right.set_xscale("symlog", linthresh=1e-3)
+    right.set_xscale("log")
     plain_numbers(right.xaxis)
 
 
