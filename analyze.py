@@ -1,6 +1,6 @@
 """From runs to numbers to figures: how coupled are routers and experts, and what does balance cost?
 
-    python analyze.py                            # every run under out/
+    python analyze.py                            # every run out/NAME
     python analyze.py out/aux-1 out/kmeans-1     # these two
     python analyze.py out/analysis/metrics.json  # draw again, from the numbers alone
     python analyze.py --hf=DIR                   # a mixture of experts that transformers can load
@@ -888,7 +888,7 @@ def main(argv: list[str]) -> None:
     folders = args.run or ([] if args.hf else sorted(
         path.parent for path in Path("out").glob("*/ckpt.pt")))
     if not (folders or args.hf):
-        raise ValueError("there is no run under out/; train one with python train.py.")
+        raise ValueError("there is no run in out/; train one with python train.py.")
     path = args.out_dir.expanduser() / "metrics.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     locked, kept = lock(path.parent), None  # the lock holds while this file is open

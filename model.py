@@ -33,7 +33,7 @@ from routers import ROUTERS, KMeansRouter, Router
 @dataclass
 class Config:
     """Model and router, one field per choice. Raises ValueError with the name of a bad field."""
-    vocab_size: int = 320            # token ids: the 257 of bytes, rounded up to a multiple of 64
+    vocab_size: int = 320            # 256 bytes and end of text, up to a multiple of 64
     block_size: int = 256            # longest sequence, in tokens
     n_layer: int = 4                 # blocks of attention and SMoE
     n_head: int = 4                  # attention heads
@@ -91,9 +91,9 @@ def experts_by_definition(x, indices, gates, w_gate, w_up, w_down) -> Tensor:
 
 
 def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Assignment t * K + k: token t goes to its k-th expert. The fast experts below work on a table
-    with a row per assignment, those of expert 0 first, then 1, ... indices (N, K) of the experts ->
-    order (N*K), inverse (N, K), ends (E) int32:
+    """The fast experts below work on a table with a row for each pair of a token t and its k-th
+    expert, the assignment t * K + k; the rows are sorted by expert. indices (N, K) -> order (N*K),
+    inverse (N, K), ends (E) int32:
 
         indices [[2, 0], [0, 1]]    the assignments 0, 1, 2, 3 go to the experts 2, 0, 0, 1
         order   [1, 2, 3, 0]        row r of the table is the assignment order[r]
@@ -114,7 +114,7 @@ class Experts(torch.autograd.Function):
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
     float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
-    does all experts; with the rows of expert i, from ends[i - 1] (0 for the first) to ends[i]:
+    does all experts; `rows` are those of expert i, ends[i - 1] (or 0) to ends[i]; P, Q any sizes:
 
         A (N*K, P), B (E, P, Q):      out[rows] = A[rows] @ B[i]           (N*K, Q)
         A (P, N*K), B (N*K, Q):       out[i] = A[:, rows] @ B[rows]        (E, P, Q)
@@ -152,7 +152,8 @@ class Experts(torch.autograd.Function):
         # the geometric coupling: sums over the tokens t of expert i of (scalar) * x_t
         #     row n of dW_gate_i      sum of da_tn x_t
         #     row n of dW_up_i        sum of db_tn x_t
-        #     router row r_i          sum of dz_ti x_t      dz, at the logits: autograd, from dgates
+        #     router row r_i          sum of dz_ti x_t      dz by autograd, from dgates
+        # (an auxiliary loss adds to dz, there for all tokens t)
         dw_gate = weight_gradient(da, xs, ends)                          # (E, H, C)
         dw_up = weight_gradient(db, xs, ends)                            # (E, H, C)
         dw_down = weight_gradient(dys, gate * h, ends)                   # (E, C, H)
@@ -534,10 +535,10 @@ def main(argv: list[str]) -> None:
     parser = Parser(description="The model of a run writes. On a terminal each token stands on the "
                                 "colour of the expert that it goes to first.", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, as out/kmeans")
-    parser.add_argument("--start", default="def ", help="the text to go on with: 'def '")
-    parser.add_argument("--tokens", type=int, default=400, help="how many to write: 400")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest; 0.8")
-    parser.add_argument("--layer", type=int, help="whose experts: the middle layer's")
+    parser.add_argument("--start", default="def ", help="what to go on with (default: 'def ')")
+    parser.add_argument("--tokens", type=int, default=400, help="how many (default: 400)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (0.8)")
+    parser.add_argument("--layer", type=int, help="whose experts (default: the middle layer)")
     args = parser.parse_args(argv)
     model, checkpoint = load_checkpoint(args.run.expanduser() / "ckpt.pt")
     layer = model.config.n_layer // 2 if args.layer is None else args.layer

@@ -3,10 +3,10 @@
 A router looks at the hidden state of a token and sends the token to the top_k best of n_expert
 experts. Every router here is the same four verbs in the same order:
 
-    score     how well does each expert fit each token?            (N, C) -> (N, E) twice
-    select    which K experts does the token go to?                (N, E) -> (N, K)
+    score     how well does each expert fit each token?            (N, C) -> logits, scores (N, E)
+    select    which K experts does the token go to?                scores (N, E) -> (N, K)
     gate      how much does each of the K count? (sums to 1)       logits (N, K) -> (N, K)
-    update    once after each optimizer step: move what no gradient moves, by what went where
+    update    once after each optimizer step: move bias and centroids by the counts of the step
 
 They differ in where the scores come from and in what keeps the load even:
 
@@ -131,8 +131,8 @@ class LearnedRouter(Router):
 
     The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) has nothing to do with balance: it pulls
     logsumexp(z) to 0. Its gradient at z_i is in proportion to logsumexp(z) softmax(z)_i, of one
-    sign for all i: a token moves all rows along x the same way. The other losses pass a softmax (if
-    that is score_fn): their gradient sums to 0 over i."""
+    sign for all i: a token moves all rows along x the same way. With softmax as score_fn, the
+    gradients of the other losses sum to 0 over i."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -169,8 +169,8 @@ class AuxLossRouter(LearnedRouter):
     f is that of one micro-batch on one process. If all f_i are equal, the first term is
     aux_loss_coef and its gradient 0. Else, with softmax scores, its gradient at z_ti is
         aux_loss_coef * E / N * s_ti (f_i - sum over j of f_j s_tj):
-    experts busier than those that the token likes go down, the others up. Every token sends that,
-    along its x, to every row: it mixes into r_i tokens that expert i never saw."""
+    experts busier than the mean of f weighted by s_t go down, the others up. Every token sends
+    that, along its x, to every row: it mixes into r_i tokens that expert i never saw."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         f = assigned.mean(0) / self.config.top_k                          # (E)
