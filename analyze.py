@@ -881,6 +881,8 @@ def write_metrics(path: Path, runs: dict) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(runs) + "\n")
     os.replace(temporary, path)
+    for name in FIGURES:  # none may stay beside other numbers
+        (path.parent / name).unlink(missing_ok=True)
 
 
 def main(argv: list[str]) -> None:
@@ -896,8 +898,6 @@ def main(argv: list[str]) -> None:
         kept = next(old for n in count(1)
                     if not (old := path.with_name(f"metrics.old-{n}.json")).exists())
         shutil.copy(path, kept)
-    for name in FIGURES:  # none may stay beside other numbers
-        (path.parent / name).unlink(missing_ok=True)
     # a metrics.json is read first: it may be the one that is then replaced
     for source in sorted([*folders, *args.hf], key=lambda source: source.suffix != ".json"):
         folder = source.expanduser()

@@ -469,20 +469,28 @@ FILES = [Path(__file__).with_name(f"{name}.py")
 CODE = "".join(file.read_text() for file in FILES if file.exists())  # as it was imported
 
 
-def code_sha256(router: str) -> str:
-    """Of the code that makes a run what it is, beside its settings: CODE; the files that define a
-    router of yours and its base classes; methods that you put into a router from outside."""
-    sources = {CODE}
-    for cls in ROUTERS[router].__mro__:
-        if cls.__module__ in ("builtins", nn.Module.__module__):
-            continue
+def own_code(router: str) -> dict[str, str]:
+    """{module: its source} of your code in a run: what defines a router of yours or one of its base
+    classes, and what puts a method into a class of model.py or routers.py."""
+    project = {"routers", __name__}
+    parts = [cls for cls in ROUTERS[router].__mro__
+             if cls.__module__ not in project | {"builtins", nn.Module.__module__}]
+    for cls in (*globals().values(), *ROUTERS.values()):
+        if inspect.isclass(cls) and issubclass(cls, nn.Module):
+            parts += [part for part in vars(cls).values()
+                      if inspect.isfunction(part) and part.__module__ not in project]
+    own = {}
+    for part in parts:
         with suppress(OSError, TypeError):  # a notebook keeps the source of its cells, a shell not
-            file = Path(getattr(sys.modules[cls.__module__], "__file__", None) or "")
-            if cls.__module__ != "routers":
-                sources.add(file.read_text() if file.is_file() else inspect.getsource(cls))
-            sources |= {inspect.getsource(member) for member in vars(cls).values()
-                        if inspect.isfunction(member) and member.__module__ != cls.__module__}
-    return hashlib.sha256("".join(sorted(sources)).encode()).hexdigest()
+            file = Path(getattr(sys.modules[part.__module__], "__file__", None) or "")
+            own[part.__module__] = file.read_text() if file.is_file() else (
+                own.get(part.__module__, "") + inspect.getsource(part))
+    return own
+
+
+def code_sha256(router: str) -> str:
+    """Of the code that makes a run what it is, beside its settings."""
+    return hashlib.sha256("".join([CODE, *sorted(own_code(router).values())]).encode()).hexdigest()
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
@@ -491,7 +499,8 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     code has trained it. Raises ValueError for a missing, damaged or foreign file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        settings = {field.name: checkpoint["config"][field.name] for field in fields(Config)}
+        settings = {field.name: checkpoint["config"].get(field.name, field.default)
+                    for field in fields(Config)}  # default: you have added the field since
         if settings["router"] in ROUTERS:  # else Config says, below, that it is not registered
             model = SMoETransformer(Config(**settings))
             model.load_state_dict(checkpoint["model"])
@@ -504,7 +513,7 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     config = Config(**settings)
     if checkpoint["code_sha256"] != code_sha256(config.router):
         print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
-              "prepare_data.py, train.py or your router): its numbers may belong to neither.",
+              "prepare_data.py, train.py or your own): its numbers may belong to neither.",
               file=sys.stderr)
     return model, checkpoint
 

@@ -898,6 +898,14 @@ def test_a_damaged_or_foreign_checkpoint_gets_one_sentence_that_names_it(damage,
     assert "out/a/ckpt.pt " in sentence and words in sentence
 
 
+def test_a_field_that_was_added_to_config_since_has_its_default(workdir):
+    run_train("--out_dir=out/a", "--max_iters=3")
+    state = checkpoint_of("out/a")
+    del state["config"]["z_loss_coef"]
+    torch.save(state, "out/a/ckpt.pt")
+    assert load_checkpoint("out/a/ckpt.pt")[0].config.z_loss_coef == 0
+
+
 def test_help_names_every_field_with_its_comment_and_default(capsys):
     with pytest.raises(SystemExit, match="0"):
         train.parse_args(["--help"])
@@ -1348,6 +1356,7 @@ def test_edited_code_is_another_experiment_and_a_run_of_it_is_not_measured_witho
             edited.setattr(module, "code_sha256", lambda router: "edited")
         train.main(["--out_dir=out/a-1", "--resume", "--max_iters=4"])
         assert capsys.readouterr().err.count(other) == 1
+        assert checkpoint_of("out/a-1/step-3")["history"] == []  # what it was is kept
         run_train("--out_dir=out/a-3", "--seed=3", "--max_iters=4")
     analyze.main(["out/a-1", "out/a-3", "--tokens=64"])
     printed = capsys.readouterr()
@@ -1365,8 +1374,12 @@ def test_a_run_knows_the_code_of_its_own_router_with_base_classes_and_of_methods
     for text in ("# one", "# two"):
         (tmp_path / "mine.py").write_text(text)
         hashes |= {model.code_sha256("own"), model.code_sha256("aux")}
-    monkeypatch.setattr(ROUTERS["none"], "gate", lambda self, chosen_logits: chosen_logits.exp())
-    assert len(hashes | {model.code_sha256("aux")}) == 4
+    assert len(hashes) == 3
+    for cls, name in ((ROUTERS["none"], "gate"), (SMoE, "forward")):
+        with monkeypatch.context() as patched:
+            patched.setattr(cls, name, lambda self, x: x)
+            assert model.code_sha256("aux") not in hashes
+            assert "import test_all, train" in train.command("train", "aux", "--resume")
 
 
 def test_own_routers_look_different_in_colour_and_marker():

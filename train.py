@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from model import (
     INCIDENTAL, ROUTERS, Config, SMoETransformer, code_sha256, coupling_spearman, load_balance,
-    load_checkpoint, read_log, router_similarity, validate)
+    load_checkpoint, own_code, read_log, router_similarity, validate)
 from prepare_data import (
     Parser, cli, eval_batches, get_batch, get_tokenizer, lock, open_dataset, prepare,
     printable)
@@ -477,12 +477,12 @@ def finish(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
 
 
 def command(script: str, router: str, *flags: str) -> str:
-    """What the user types next; it imports the user's script first if that registers the router."""
-    module = ROUTERS[router].__module__
-    if module == "routers":
+    """What the user types next; it imports the user's own code first."""
+    own = [Path(sys.argv[0]).stem if module == "__main__" else module
+           for module in own_code(router)]
+    if not own:
         return shlex.join(["python", f"{script}.py", *flags])
-    module = Path(sys.argv[0]).stem if module == "__main__" else module
-    call = f"import {module}, {script}; {script}.main({json.dumps(flags)})"
+    call = f"import {', '.join([*own, script])}; {script}.main({json.dumps(flags)})"
     return shlex.join(["python", "-c", call])
 
 
@@ -514,12 +514,13 @@ def main(argv: list[str]) -> None:
         raw_model, optimizer, step, history = restore(loaded, data, device, c)
         # the log forgets what came after the checkpoint
         metrics, records = {}, [record for record in read_log(log_path) if record["step"] <= step]
-        if master and loaded[1]["evaluation"]:  # a finished run, which goes on, keeps its result
+        # a run that goes on with other code or another max_iters keeps what it was
+        if master and any(changed == step for changed, *_ in history):
             kept = out_dir / f"step-{step}"
             kept.mkdir(exist_ok=True)
-            for path in (log_path, checkpoint_path):
-                shutil.copy(path, kept)
-            print(f"The run as it was finished is kept in {kept}.")
+            shutil.copy(checkpoint_path, kept)
+            write_log(kept / "log.jsonl", records, anew=True)
+            print(f"The run as it was at step {step} is kept in {kept}.")
     else:
         raw_model = SMoETransformer(c).to(device)
         optimizer, step, history = make_optimizer(raw_model, c), 0, []
