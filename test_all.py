@@ -617,6 +617,7 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
     # Ctrl-C reaches the tee of `2>&1 | tee`, too: nobody reads what is said
     monkeypatch.setattr(os, "write", mock.Mock(side_effect=BrokenPipeError))
     run_train("--out_dir=out/a")
+    os.write.assert_called_once_with(2, b"\nstopping after this step\n")
     assert ("stopped and saved at step 4; go on with: python train.py --out_dir=out/a "
             "--resume") in capsys.readouterr().out
     assert checkpoint_of("out/a")["step"] == 4
@@ -680,6 +681,7 @@ def test_what_is_not_finite_stops_the_run_and_never_replaces_a_good_checkpoint(
 
     def explode(model, *args):  # a loss may be fine, and the step that it led to not
         next(model.parameters()).data[0] = weight
+        signal.raise_signal(signal.SIGTERM)  # a request to save in that very step
         return torch.tensor([loss, 0.0])
 
     monkeypatch.setattr(train, "train_step", explode)
@@ -860,10 +862,11 @@ def test_train_refuses_a_wrong_flag_and_leaves_no_run(flag, words, workdir):
 
 @pytest.mark.parametrize("flag, words", [
     ("--max_iters=6", "has done all its 6 steps; pass a larger --max_iters"),
-    ("--n_layer=3", "n_layer = 2"), ("--overwrite", "overwrite must be left out with --resume")])
+    ("--n_layer=3", "n_layer = 2"), ("--weight_decay=0.9 --max_iters=9", "weight_decay = 0.1"),
+    ("--overwrite", "overwrite must be left out with --resume")])
 def test_resume_refuses_what_would_make_it_another_run(flag, words, workdir):
     run_train("--out_dir=out/a")
-    assert words in refusal(resume, flag)
+    assert words in refusal(resume, *flag.split())
 
 
 def test_resume_refuses_data_that_were_prepared_from_another_corpus(workdir):
