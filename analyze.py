@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 import textwrap
-from itertools import combinations, count, cycle
+from itertools import combinations, cycle
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -35,7 +35,7 @@ from model import (
     CODE, INCIDENTAL, expert_activations, expert_colors, load_balance, load_checkpoint, read_log,
     router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
-    Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable)
+    Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable, unused)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
 # tells metrics.json apart that were measured by other formulas
@@ -147,7 +147,7 @@ def gradient_shares(model, idx: Tensor, targets: Tensor) -> Tensor:
         _, loss, aux_loss = model(idx, targets)
     routings = [layer[0][1] for layer in seen]
     logits = [routing.logits for routing in routings]                    # n_layer of (N, E)
-    if list(model.routers()[0].parameters()):
+    if list(model.routers()[0].parameters()) and logits[0].requires_grad:
         gradients = torch.autograd.grad(loss + aux_loss, logits, materialize_grads=True)
     else:  # centroids take no gradient: 0, and not what passes through the logits to x
         gradients = [torch.zeros_like(values) for values in logits]
@@ -849,8 +849,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         "folder (default: this Python's own library)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                         help="what the --hf model computes in (default: as it is stored)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     args = parser.parse_args(argv)
     if args.tokens is None:
         args.tokens = 4096 if args.hf else 16384
@@ -858,6 +857,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("--text and --dtype go with --hf: a run has its own validation text")
     if args.tokens < 1:
         parser.error(f"--tokens must be positive, not {args.tokens}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -895,8 +896,7 @@ def main(argv: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     locked, kept = lock(path.parent), None  # the lock holds while this file is open
     if path.exists():  # it may hold hours of measuring
-        kept = next(old for n in count(1)
-                    if not (old := path.with_name(f"metrics.old-{n}.json")).exists())
+        kept = unused(path.parent, "metrics.old-", ".json")
         shutil.copy(path, kept)
     # a metrics.json is read first: it may be the one that is then replaced
     for source in sorted([*folders, *args.hf], key=lambda source: source.suffix != ".json"):

@@ -9,13 +9,14 @@ A corpus flows through in pieces of text, so memory stays bounded however large 
 import argparse
 import hashlib
 import json
-import os
+import re
 import signal
 import sys
 import sysconfig
 import tempfile
 from collections import Counter
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
@@ -180,7 +181,8 @@ def download_shakespeare(path):
     if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
         raise ValueError(f"{path} is not what {url} had: it has another SHA-256; save that there "
                          "by hand and run the same command again.")
-    path.write_bytes(content)
+    if not path.exists():
+        path.write_bytes(content)
     return path
 
 
@@ -272,7 +274,8 @@ def write_tokens(pieces, enc, folder, val_fraction, max_tokens):
                 sha256[split].update(ids)
                 n[split] += len(ids)
                 counts["documents"] += ends
-                if n == limit:  # both files are full
+                if n == limit:  # both files are full; a document that was cut short counts, too
+                    counts["documents"] += not ends
                     break
     return {"vocab_size": enc.n_vocab, "dtype": dtype.name, "n_train": n["train"],
             "n_val": n["val"], "sha256": {f"{s}.bin": sha256[s].hexdigest() for s in n}}, counts
@@ -296,6 +299,8 @@ def open_dataset(folder, block_size, vocab_size):
         train, val = (np.memmap(folder / f"{s}.bin", dtype, mode="r") for s in ("train", "val"))
         if (len(train), len(val)) != (meta["n_train"], meta["n_val"]):
             raise ValueError(f"{len(train)} train and {len(val)} val tokens, unlike meta.json")
+        # what a run notes of its data: KeyError if it is missing
+        meta["tokenizer"]["name"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} is not a whole data set ({type(error).__name__}: {error}): delete it, if it "
@@ -362,10 +367,20 @@ def cli(main):
         return main(sys.argv[1:])
     except (ValueError, OSError) as error:
         sentence, code = error, 2
+    except (MemoryError, RuntimeError) as error:
+        out_of_memory = re.search("(out of|allocate) memory", str(error))
+        if not (isinstance(error, MemoryError) or out_of_memory):
+            raise
+        sentence, code = "not enough memory; make the model or the batch smaller.", 2
     except KeyboardInterrupt:
         sentence, code = "interrupted.", 130
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     sys.exit(code)
+
+
+def unused(folder, stem, suffix=""):
+    """-> the first of stem1suffix, stem2suffix, ... that is not in `folder` yet."""
+    return next(path for n in count(1) if not (path := folder / f"{stem}{n}{suffix}").exists())
 
 
 def lock(folder):

@@ -834,6 +834,15 @@ def run_script(name, *flags, cwd="."):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
+@pytest.mark.parametrize("error, words", [
+    (MemoryError(), "not enough memory"), (torch.OutOfMemoryError("CUDA out of memory. Tried"),
+    "not enough memory"), (RuntimeError("shapes"), None)])
+def test_too_little_memory_is_a_sentence_and_a_bug_is_not(error, words, capsys):
+    with pytest.raises(SystemExit if words else RuntimeError):
+        prepare_data.cli(mock.Mock(side_effect=error))
+    assert (words or "") in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("script, flag", [
     ("train.py", "--lr=1"), ("prepare_data.py", "--tokenizer=gpt5"), ("model.py", "nothing")])
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(script, flag, tmp_path):
@@ -1067,7 +1076,9 @@ def test_a_vocabulary_above_65536_is_stored_as_uint32(tmp_path, monkeypatch):
     assert data.val.tolist() == [*b"line\n" * 5, 100_000]
 
 
-def test_max_tokens_bounds_both_splits_together(tmp_path):
+def test_max_tokens_bounds_both_splits_together_and_a_cut_document_counts(tmp_path, capsys):
+    prepared(tmp_path / "one", {"a.txt": "line\n" * 500}, max_tokens=100)
+    assert "95 train and 5 val tokens of 1 documents" in capsys.readouterr().out
     data = open_dataset(prepared(tmp_path, many(200), val_fraction=0.1, max_tokens=600), 8, 320)
     assert (len(data.train), len(data.val)) == (540, 60)
 
@@ -1165,7 +1176,9 @@ def test_texts_that_make_no_two_splits_are_refused(tmp_path, texts, part):
 @pytest.mark.parametrize("damage, part", [
     (lambda d: (d / "val.bin").unlink(), "No such file.*val.bin"),
     (lambda d: os.truncate(d / "train.bin", 98), "49 train and"),
-    (lambda d: (d / "meta.json").write_text("{}"), "KeyError")])
+    (lambda d: (d / "meta.json").write_text("{}"), "KeyError"),
+    (lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace("sha256", "x")),
+     "KeyError: 'sha256'")])
 def test_a_damaged_data_set_is_refused(corpus, damage, part):
     damage(corpus)
     with pytest.raises(ValueError, match=f"{part}.* delete it, if it is there, and prepare it"):
@@ -1467,6 +1480,10 @@ def test_an_own_routers_gradient_is_measured_whatever_its_parameter_is_called(mo
     for mine, other in zip(own.parameters(), aux.parameters()):
         mine.data.copy_(other.data)
     assert torch.equal(*(analyze.gradient_shares(model, *tokens()) for model in (own, aux)))
+    for router in own.routers():  # whose rows, and what they see, no gradient can reach
+        monkeypatch.setattr(router, "score", lambda x, score=router.score: tuple(
+            value.detach() for value in score(x)))
+    assert analyze.gradient_shares(own, *tokens()).isnan().all()
 
 
 # ---------------------------------------------------------------- the command, end to end
@@ -1494,7 +1511,7 @@ def workplace(toy, tmp_path_factory):
 @pytest.fixture(scope="module")
 def analysis(workplace):
     """(what the command printed, its folder of results, metrics.json)"""
-    done = run_script("analyze.py", "--tokens=500", cwd=workplace)
+    done = run_script("analyze.py", "--tokens=500", "--device=auto", cwd=workplace)
     assert done.returncode == 0, done.stderr
     folder = workplace / "out" / "analysis"
 

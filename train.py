@@ -23,7 +23,6 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +36,7 @@ from model import (
     load_checkpoint, own_code, read_log, router_similarity, validate)
 from prepare_data import (
     Parser, cli, eval_batches, get_batch, get_tokenizer, lock, open_dataset, prepare,
-    printable)
+    printable, unused)
 from routers import update_routers
 
 
@@ -300,8 +299,7 @@ def claim(out_dir: Path, c: TrainConfig):
     file = lock(out_dir)  # before the folder is renamed: a run may be in it
     if not (names and c.overwrite):
         return file
-    old = next(path for n in count(1)
-               if not (path := out_dir.with_name(f"{out_dir.name}.old{n}")).exists())
+    old = unused(out_dir.parent, f"{out_dir.name}.old")
     out_dir.rename(old)
     print(f"The run in {out_dir} is now in {old}.")
     return claim(out_dir, c)
