@@ -38,7 +38,7 @@ from prepare_data import (
     Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable, unused)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
-# tells metrics.json apart that were measured by other formulas
+# goes into every metrics.json: numbers by other formulas are another group
 MEASURED_BY = {"analyze_sha256": hashlib.sha256(
     (CODE + Path(__file__).read_text()).encode()).hexdigest()}
 
@@ -88,6 +88,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         key: str(checkpoint[key]) for key in (
             "data_sha256", "val_sha256", "code_sha256", "history")}
     data = open_dataset(Path("data", settings["dataset"]), c.block_size, c.vocab_size)
+    # the text of the metrics; val_sha256: of the perplexity. Both must be equal within a group
     settings["seen_sha256"] = data.meta["sha256"]["val.bin"]
     if data.meta["sha256"]["train.bin"] != settings["data_sha256"]:
         warn(f"data/{settings['dataset']} is not the data that {folder} was trained on: it may "
@@ -99,8 +100,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
 
     model.to(device).eval()
     if not evaluation:  # the run was stopped before its end
-        with torch.no_grad():
-            loss, n, load = validate(model, batches(settings["final_eval_tokens"]))
+        loss, n, load = validate(model, batches(settings["final_eval_tokens"]))
         evaluation = {"val_loss": loss / n, "tokens": n, "load": load}
         settings["val_sha256"] = settings["seen_sha256"]
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
@@ -141,15 +141,16 @@ def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
 
 
 def gradient_shares(model, idx: Tensor, targets: Tensor) -> Tensor:
-    """One batch (B, T) -> (n_layer) the unrouted_gradient_share of d(loss + aux_loss) / d(router
-    logits); nan where no gradient moves the router."""
+    """One batch (B, T) -> (n_layer): how much of the gradient at the router's logits, of loss +
+    aux_loss, is on experts that the token does not go to; nan where no gradient moves the router.
+    Source: unrouted_gradient_share, below."""
     with watch(model) as seen:
         _, loss, aux_loss = model(idx, targets)
     routings = [layer[0][1] for layer in seen]
     logits = [routing.logits for routing in routings]                    # n_layer of (N, E)
     if list(model.routers()[0].parameters()) and logits[0].requires_grad:
         gradients = torch.autograd.grad(loss + aux_loss, logits, materialize_grads=True)
-    else:  # centroids take no gradient: 0, and not what passes through the logits to x
+    else:  # centroids take no gradient: 0 (and the share 0 / 0), not what the logits pass on to x
         gradients = [torch.zeros_like(values) for values in logits]
     return torch.stack([unrouted_gradient_share(gradient, routing.indices)
                         for gradient, routing in zip(gradients, routings)])
@@ -161,7 +162,7 @@ class Mixture(NamedTuple):
     """The parts of one SMoE layer of a transformers model; none of them is a copy."""
     depth: int
     experts: torch.nn.Module  # is called with hidden states (N, C), indices (N, K), gates (N, K)
-    rows: Tensor              # (E, C) of the router
+    directions: Tensor        # (E, C) the router's rows
     bias: Tensor              # (E) of its logits
     w_gate: Tensor            # (E, H, C)
     b_gate: Tensor            # (E, H) of the pre-activations
@@ -182,23 +183,23 @@ def find_mixtures(model) -> list[Mixture]:
             both = both.transpose(1, 2)                                  # (E, 2H, C)
         elif both.shape != (E, 2 * Q, P):
             continue
-        # rows of the gate above those of up, or both in turns (gpt_oss)
-        gate = slice(both.shape[1] // 2) if getattr(experts, "is_concatenated", True) else (
+        # the rows of w_gate: above those of w_up, or both in turns (gpt_oss)
+        half = slice(both.shape[1] // 2) if getattr(experts, "is_concatenated", True) else (
             slice(0, None, 2))
         b_gate = own.get("gate_up_proj_bias", both.new_zeros(both.shape[:2])).detach()
         beside = dict(model.get_submodule(name.rpartition(".")[0]).named_parameters())
-        for key, rows in beside.items():
-            if rows.shape == (E, both.shape[2]) and key.startswith(("gate.", "router.")):
-                bias = beside.get(key.removesuffix("weight") + "bias", rows.new_zeros(E))
-                found.append(Mixture(int(re.search(r"\d+", name)[0]), experts, rows.detach(),
-                                     bias.detach(), both[:, gate], b_gate[:, gate]))
+        for key, weight in beside.items():  # many call their router "gate"
+            if weight.shape == (E, both.shape[2]) and key.startswith(("gate.", "router.")):
+                bias = beside.get(key.removesuffix("weight") + "bias", weight.new_zeros(E))
+                found.append(Mixture(int(re.search(r"\d+", name)[0]), experts, weight.detach(),
+                                     bias.detach(), both[:, half], b_gate[:, half]))
     return found
 
 
 def see(mixture: Mixture, x: Tensor, indices: Tensor, gates: Tensor) -> tuple:
     """What the experts are called with, n tokens -> a row for make_layer, in float32."""
     x, indices, gates = x.flatten(0, -2).float(), indices.flatten(0, -2), gates.flatten(0, -2)
-    logits = F.linear(x, mixture.rows.float(), mixture.bias.float())     # (n, E)
+    logits = F.linear(x, mixture.directions.float(), mixture.bias.float())  # (n, E)
     scores = router_scores(logits, indices, gates.float())               # (n, E)
     best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (n, K)
     activations = [F.linear(x, w.float(), b.float()).norm(dim=1)  # of one expert at a time
@@ -291,8 +292,8 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
     layers = []
     for mixture, rows in zip(mixtures, seen):
         selected = torch.cat([indices for _, indices, *_ in rows])       # (N, K)
-        load = torch.bincount(selected.flatten(), minlength=len(mixture.rows))  # (E)
-        layers.append(make_layer(mixture.depth, mixture.rows, mixture.w_gate, rows, load))
+        load = torch.bincount(selected.flatten(), minlength=len(mixture.directions))  # (E)
+        layers.append(make_layer(mixture.depth, mixture.directions, mixture.w_gate, rows, load))
 
     def piece(token: int) -> str:  # alone, a sentencepiece token loses the space in front of it
         raw = str(tokenizer.convert_ids_to_tokens(token))
@@ -378,8 +379,8 @@ def token_information(tokens: Tensor, experts: Tensor, E: int) -> Tensor:
     """tokens, experts (N) -> their mutual information in bits, H(token) + H(expert) - H(both). At
     most H(expert); 0 for a router that does not look at the token. Counts of N tokens show some
     information even where there is none; the same computation on shuffled experts estimates how
-    much, and is subtracted. With many rare ids (N not far above V * E) that is too much, and the
-    result a lower bound: compare it at one vocabulary and N."""
+    much, and is subtracted. With many rare ids (N not far above V * E) this takes away too much:
+    compare results of one vocabulary and N alone."""
     shuffle = torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
 
     def information(experts):
@@ -399,7 +400,7 @@ def layer_metrics(layer: Layer, tokens: Tensor) -> dict[str, Tensor]:
     matched, mismatched = alignment(directions, layer.w_gate)
     metrics = {
         "load_std": std, "max_violation": violation, "load_cv": E * std,
-        "load_cv_sampling": ((E - 1) / load.sum()).sqrt(),  # CV of N * K throws at E equal targets
+        "load_cv_sampling": ((E - 1) / load.sum()).sqrt(),  # CV of load.sum() independent draws
         "load_sorted": load.sort(descending=True).values / load.sum(),
         "router_similarity": similarity, "router_similarity_signed": signed,
         "router_similarity_chance": torch.tensor(math.sqrt(2 / (math.pi * C))),
@@ -504,7 +505,7 @@ class Group(NamedTuple):
     runs: list[dict]  # the metrics of each
     style: dict       # color, linestyle, marker
 
-    def first(self) -> str:
+    def title(self) -> str:
         """What to call the first run, where a figure shows one alone."""
         seed = f", seed {self.runs[0]['seed']}" if len(self.runs) > 1 else ""
         return f"{self.label}{seed}, layer {self.runs[0]['middle_depth']}"
@@ -542,6 +543,7 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
     found = {}
     for name, run in runs.items():
         seed = f"-{run['seed']}"
+        # "/", with which no name ends: a run called aux is no seed of aux-1 and aux-2
         base = name.removesuffix(seed) if name.endswith(seed) else f"{name}/"
         key = base, json.dumps(experiment(run), sort_keys=True)
         found.setdefault(key, []).append(name)
@@ -598,7 +600,7 @@ def differing_settings(groups: list[Group]) -> str:
 
 def paired_differences(groups: list[Group]) -> list[str]:
     """Perplexity in per cent, paired by seed, mean difference ± its standard error, for each two
-    groups that share seeds and differ in one setting alone."""
+    groups that share seeds and differ in one setting alone: the later minus the earlier."""
     lines = []
     for b, a in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in a.runs for y in b.runs
@@ -637,7 +639,7 @@ def draw_curves(ax, group: Group, curves: list[dict]) -> None:
     if steps:
         tokens = math.prod(group.runs[0]["settings"][key] for key in (
             "batch_size", "gradient_accumulation_steps", "block_size"))
-        values = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, steps)
+        values = np.array([[points[step] for step in steps] for points in curves])  # (seeds, steps)
         draw_line(ax, group, np.array(steps) * tokens / 1e6, values)
     ax.set_xlabel("training tokens (millions)")
 
@@ -708,7 +710,7 @@ def draw_similarity(fig, groups) -> None:
     for ax, cosines, group in zip(axes, maps, chosen):
         np.fill_diagonal(cosines, np.nan)  # always 1: grey
         image = ax.imshow(cosines, vmin=-scale, vmax=scale, cmap="RdBu_r")
-        ax.set_title(group.first(), fontsize=10)
+        ax.set_title(group.title(), fontsize=10)
         ax.set(xticks=[], yticks=[], ylabel="expert", facecolor="0.6", xlabel="expert\nall layers: "
                f"mean |cosine| {group.mean('router_similarity'):.3f}\n"
                f"(chance: {group.mean('router_similarity_chance'):.3f}), "
@@ -777,7 +779,7 @@ def draw_experts(fig, groups) -> None:
         run = group.runs[0]
         ax, colors = fig.add_subplot(grid[i, 0]), expert_colors(run["n_expert"])
         ax.set(xlim=(0, 70), ylim=(8, 0))
-        ax.set_title(f"{group.first()} of 0 to {run['depth'][-1]}", fontsize=10, loc="left")
+        ax.set_title(f"{group.title()} of 0 to {run['depth'][-1]}", fontsize=10, loc="left")
         for y, line in enumerate(run["text"]):
             x = 0
             for text, expert in line:

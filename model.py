@@ -142,7 +142,7 @@ class Experts(torch.autograd.Function):
         h = silu * b                                                     # (N*K, H)
 
         dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
-        dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H) at gate * h
+        dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H) of gate * h
         # d_i of the README; autograd takes it on to the logits and, times x_t, to the router rows
         dgates = (dgh * h).sum(1, dtype=torch.float32)[inverse]          # (N, K)
         dh = gate * dgh                                                  # (N*K, H)
@@ -379,9 +379,10 @@ def watch(model: SMoETransformer):
             hook.remove()
 
 
+@torch.no_grad()
 def validate(model: SMoETransformer, batches) -> tuple[float, int, Tensor]:
     """batches of idx and targets (B, T) -> sum of the cross-entropy over all tokens, their number,
-    and the tokens that each expert got (n_layer, E)."""
+    and the tokens that each expert got (n_layer, E). The model is in eval mode."""
     loss, n = 0.0, 0
     c = model.config
     loads = torch.zeros(c.n_layer, c.n_expert, device=model.head.weight.device)
@@ -395,9 +396,10 @@ def validate(model: SMoETransformer, batches) -> tuple[float, int, Tensor]:
     return loss, n, loads
 
 
+@torch.no_grad()
 def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
     """batches of idx and targets (B, T) -> (n_layer): the rank correlation over tokens of router
-    score and activation ||W_gate x||, mean over experts."""
+    score and activation ||W_gate x||, mean over experts. The model is in eval mode."""
     with watch(model) as seen:
         for idx, targets in batches:
             model(idx, targets)
@@ -461,7 +463,8 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- the files of a run
 
-# settings that change nothing but rounding: --resume may change them, analyze.py averages over them
+# settings that change a run's numbers by rounding at most: --resume may change them, and runs that
+# differ in nothing else count as the same experiment
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "eval_interval",
               "log_interval"}
 FILES = [Path(__file__).with_name(f"{name}.py")
@@ -470,21 +473,22 @@ CODE = "".join(file.read_text() for file in FILES if file.exists())  # as it was
 
 
 def own_code(router: str) -> dict[str, str]:
-    """{module: its source} of your code in a run: what defines a router of yours or one of its base
-    classes, and what puts a method into a class of model.py or routers.py."""
-    project = {"routers", __name__}
-    parts = [cls for cls in ROUTERS[router].__mro__
-             if cls.__module__ not in project | {"builtins", nn.Module.__module__}]
+    """{module: its source} of your code in a run: the modules that define a router of yours or one
+    of its base classes, and those that put a method of theirs into a class of model.py or
+    routers.py, as SMoE.forward = my_forward does."""
+    parts = list(ROUTERS[router].__mro__)
     for cls in (*globals().values(), *ROUTERS.values()):
         if inspect.isclass(cls) and issubclass(cls, nn.Module):
-            parts += [part for part in vars(cls).values()
-                      if inspect.isfunction(part) and part.__module__ not in project]
+            parts += filter(inspect.isfunction, vars(cls).values())
     own = {}
     for part in parts:
+        name = part.__module__
+        if name in ("routers", __name__, "builtins", nn.Module.__module__):
+            continue
         with suppress(OSError, TypeError):  # a notebook keeps the source of its cells, a shell not
-            file = Path(getattr(sys.modules[part.__module__], "__file__", None) or "")
-            own[part.__module__] = file.read_text() if file.is_file() else (
-                own.get(part.__module__, "") + inspect.getsource(part))
+            file = Path(getattr(sys.modules[name], "__file__", None) or "")
+            own[name] = file.read_text() if file.is_file() else (
+                own.get(name, "") + inspect.getsource(part))
     return own
 
 
@@ -499,19 +503,17 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     code has trained it. Raises ValueError for a missing, damaged or foreign file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        settings = {field.name: checkpoint["config"].get(field.name, field.default)
-                    for field in fields(Config)}  # default: you have added the field since
-        if settings["router"] in ROUTERS:  # else Config says, below, that it is not registered
-            model = SMoETransformer(Config(**settings))
-            model.load_state_dict(checkpoint["model"])
+        config = Config(**{field.name: checkpoint["config"].get(field.name, field.default)
+                           for field in fields(Config)})  # default: you have added the field since
+        model = SMoETransformer(config)
+        model.load_state_dict(checkpoint["model"])
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not there; name the folder of a run.") from None
     except Exception as error:  # a damaged file can raise nearly anything
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})."
-                         ) from None
-    config = Config(**settings)
-    if checkpoint["code_sha256"] != code_sha256(config.router):
+        raise ValueError(f"{path} is damaged, not a checkpoint of this project, or of a router "
+                         f"that is not registered here ({reason}).") from None
+    if checkpoint.get("code_sha256") != code_sha256(config.router):
         print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
               "prepare_data.py, train.py or your own): its numbers may belong to neither.",
               file=sys.stderr)

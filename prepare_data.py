@@ -132,8 +132,8 @@ def split_of(digest, val_fraction):
 
 
 def read_documents(paths, val_fraction):
-    """Yields the pieces of several files: each is a document and goes to one split. A file above
-    PIECE counts as several documents, so that even a few large files fill both splits."""
+    """Yields the pieces of several files: each file is a document, or several where it is longer
+    than PIECE, and each document goes to one split. (So even a few large files fill both.)"""
     seen = set()
     for path in paths:
         try:  # to read it all, so that a file with a broken part is left out whole
@@ -158,8 +158,7 @@ def read_single(path, val_fraction):
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it.") from error
     for text in read_text(path):
         if 0 < left <= len(text):
-            # behind the next line end, but not behind the last character: val gets some. find()
-            # gives -1 where there is none
+            # behind the next line end, if there is one before the last character: val gets some
             cut = text.find("\n", left - 1, -1) + 1 or left
             yield "train", text[:cut], False
             yield "val", text[cut:], False

@@ -76,10 +76,10 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def update(self) -> None:
-        """Nothing, unless overridden: move what no gradient moves, by the statistics of the whole
-        step, all micro-batches."""
+        """Moves what no gradient moves, by the counts of the whole step: here nothing."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
+        """What the router adds to the training loss: here nothing."""
         return logits.new_zeros(())
 
     def count(self, x: Tensor, assigned: Tensor) -> None:
@@ -131,8 +131,8 @@ class LearnedRouter(Router):
 
     The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) has nothing to do with balance: it pulls
     logsumexp(z) to 0. Its gradient at z_i is in proportion to logsumexp(z) softmax(z)_i, of one
-    sign for all i: a token moves all rows along x the same way. With softmax as score_fn, the
-    gradients of the other losses sum to 0 over i."""
+    sign for all i: a token moves all rows along x the same way. With softmax scores, the gradients
+    of the language-model loss and of AuxLossRouter's sum to 0 over i: the sum of the rows stays."""
 
     def __init__(self, config):
         super().__init__(config)

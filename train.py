@@ -136,8 +136,9 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
     if named.resume:
         out_dir = os.path.expanduser(named.out_dir or f"out/{named.router}")
         loaded = load_checkpoint(Path(out_dir, "ckpt.pt"))
-        parser.set_defaults(**{name: value for name, value in loaded[1]["config"].items()
-                               if name in comments} | {"out_dir": out_dir})
+        parser.set_defaults(**{  # but for settings that you have removed from the code since
+            name: value for name, value in loaded[1]["config"].items() if name in comments}
+            | {"out_dir": out_dir})
     c = TrainConfig(**vars(parser.parse_args(argv)))
     if loaded:
         check_resume(loaded[1], c)
@@ -145,10 +146,10 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
 
 
 def check_resume(checkpoint: dict, c: TrainConfig) -> None:
-    """A run keeps its settings, or it would be another one. Two changes that make a difference are
-    allowed: of max_iters (it stretches the cosine of the learning rate) and of the code. Each goes
-    into the checkpoint's history as [step of the change, what, the old value]. Raises
-    ValueError."""
+    """A run keeps its settings, or it would be another one: else raises ValueError. Two changes
+    that make a difference are allowed: of max_iters (it stretches the cosine of the learning rate)
+    and of the code. Appends to the checkpoint's history [step of the change, what, the old
+    value]."""
     old, step = checkpoint["config"], checkpoint["step"]
     for name in sorted(old.keys() & vars(c).keys() - INCIDENTAL - {"max_iters"}):
         if old[name] != getattr(c, name):
@@ -192,7 +193,7 @@ def set_up(c: TrainConfig) -> Machine:
     else:
         keep_freed_memory()
     bfloat16 = c.dtype == "bfloat16" or c.dtype == "auto" and (device.type == "cuda" or c.compile)
-    if world_size > 1:  # nccl for gradients; gloo for the request to stop, which is on the CPU
+    if world_size > 1:  # nccl for gradients; gloo for Ctrl-C, which main() sums as a CPU tensor
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Machine(device, torch.bfloat16 if bfloat16 else torch.float32,
                    torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), rank, world_size)
@@ -288,8 +289,8 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
 # ---------------------------------------------------------------- the files of a run
 
 def claim(out_dir: Path, c: TrainConfig):
-    """-> a locked file: until it is closed, no other run can be in out_dir. Raises ValueError for a
-    folder that another run is in, or has been in."""
+    """-> a locked file: until it is closed, no other run can be in out_dir. Raises ValueError if
+    one is in it, or, without --resume or --overwrite, has been in it."""
     names = [name for name in ("ckpt.pt", "log.jsonl") if (out_dir / name).exists()]
     if names and not (c.resume or c.overwrite):
         go_on = "--resume to go on with it, " if "ckpt.pt" in names else ""
@@ -302,7 +303,7 @@ def claim(out_dir: Path, c: TrainConfig):
     old = unused(out_dir.parent, f"{out_dir.name}.old")
     out_dir.rename(old)
     print(f"The run in {out_dir} is now in {old}.")
-    return claim(out_dir, c)
+    return claim(out_dir, c)  # of the new folder: the lock went along with the old one
 
 
 def open_data(c: TrainConfig, machine: Machine):
@@ -345,7 +346,7 @@ def describe(c: TrainConfig, dtype: torch.dtype, data, history: list) -> dict:
 def save_checkpoint(path: Path, about: dict, model, optimizer, step: int,
                     evaluation: dict | None) -> None:
     """Writes beside `path`, then renames: kill it when you like, what lies at `path` is whole.
-    `evaluation`: of a run that has done all its steps."""
+    `evaluation`: the last one, with the load of each layer; None until all steps are done."""
     state = about | dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                          evaluation=evaluation, rng=torch.get_rng_state())
     temporary = path.with_suffix(".tmp")
@@ -360,8 +361,8 @@ def save_checkpoint(path: Path, about: dict, model, optimizer, step: int,
 
 
 def check_finite(record: dict, model, path: Path) -> None:
-    """Ends a run that has diverged before it saves anything. A loss can still be fine when the step
-    that it led to has ruined the weights."""
+    """Ends a run that has diverged before it saves anything. The loss is from before the step, so
+    it can be fine where the weights are not."""
     losses = [record[key] for key in ("train_loss", "val_loss") if key in record]
     weights = all(p.isfinite().all() for p in model.parameters())
     if not (weights and all(map(math.isfinite, losses))):
@@ -512,7 +513,7 @@ def main(argv: list[str]) -> None:
         raw_model, optimizer, step, history = restore(loaded, data, device, c)
         # the log forgets what came after the checkpoint
         metrics, records = {}, [record for record in read_log(log_path) if record["step"] <= step]
-        # a run that goes on with other code or another max_iters keeps what it was
+        # check_resume has just noted other code or another max_iters: keep what the run was
         if master and any(changed == step for changed, *_ in history):
             kept = out_dir / f"step-{step}"
             kept.mkdir(exist_ok=True)
@@ -525,7 +526,7 @@ def main(argv: list[str]) -> None:
         metrics, _ = evaluate(raw_model, data, c.eval_tokens, machine, c)
         records = [{"step": 0} | dict.fromkeys(
             ("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu")) | metrics]
-    loaded = None  # else a replaced checkpoint would keep its place on the disk
+    loaded = None  # closes the mapped file: else the next save would not free its place on the disk
     about = describe(c, dtype, data, history)
     if master:
         write_log(log_path, records, anew=True)
