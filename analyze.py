@@ -10,7 +10,8 @@ top to bottom: observe (a model -> what its layers do on validation tokens, the 
 what a run is), measure (pure functions of that), draw (from metrics.json alone).
 
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k, H = d_expert (expert width).
-The metrics are those of "Routers Learn the Geometry of Their Experts", arXiv 2605.12476; what its
+The metrics follow "Routers Learn the Geometry of Their Experts", arXiv 2605.12476, but for some of
+our own: common_share, token_information, load_cv_sampling, unrouted_gradient_share. What the paper's
 summaries leave open is this project's choice, and defined in the docstrings below."""
 import argparse
 import hashlib
@@ -32,15 +33,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    CODE, INCIDENTAL, expert_activations, expert_colors, load_balance, load_checkpoint, read_log,
-    router_cosines, router_similarity, spearman, validate, watch)
+    CODE, INCIDENTAL, expert_activations, expert_colors, load_balance, load_checkpoint, perplexity,
+    read_log, router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
-    Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable, unused)
+    Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable, unused,
+    visible)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
 # goes into every metrics.json: numbers by other formulas are another group
 MEASURED_BY = {"analyze_sha256": hashlib.sha256(
-    (CODE + Path(__file__).read_text()).encode()).hexdigest()}
+    CODE + Path(__file__).read_bytes()).hexdigest()}
 
 
 def warn(sentence: str) -> None:
@@ -54,11 +56,11 @@ class Layer(NamedTuple):
     depth: int            # its block's place in the model
     directions: Tensor    # (E, C) router rows or centroids
     w_gate: Tensor        # (E, H, C)
-    scores: Tensor        # (N, E) of every expert for every token, before any bias
+    w_up: Tensor | None   # (E, H, C); None: what the experts make of it is not known
+    b_gate: Tensor | None  # (E, H) is added to W_gate x
+    x: Tensor             # (N, C) hidden states
+    scores: Tensor        # (N, E) of every expert for every token, before any selection bias
     indices: Tensor       # (N, K) the selected experts, best first
-    activations: Tensor   # (3, N, E) of expert_activations(); (1, N, E) where up was not computed
-    mean: Tensor          # (C) mean hidden state
-    energy: Tensor        # () mean of ||x||^2
     load: Tensor          # (E) tokens that each expert got
 
 
@@ -67,15 +69,6 @@ class Observed(NamedTuple):
     tokens: Tensor        # (N) ids, in the order of the layers' rows
     text: Callable        # token id -> its text
     layers: list[Layer]
-
-
-def make_layer(depth, directions, w_gate, rows: list, load: Tensor) -> Layer:
-    """rows: scores, indices, activations, sum of x, sum of ||x||^2 of each batch."""
-    scores, indices, activations, total, energy = zip(*rows)
-    scores = torch.cat(scores)                                           # (N, E)
-    return Layer(depth, directions, w_gate, scores, torch.cat(indices),
-                 torch.cat(activations, dim=1), sum(total) / len(scores),
-                 sum(energy) / len(scores), load)
 
 
 def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
@@ -101,15 +94,14 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     model.to(device).eval()
     if not evaluation:  # the run was stopped before its end
         loss, n, load = validate(model, batches(settings["final_eval_tokens"]))
-        evaluation = {"val_loss": loss / n, "tokens": n, "load": load}
+        evaluation = {"val_loss": loss / n, "val_tokens": n, "load": load}
         settings["val_sha256"] = settings["seen_sha256"]
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
     log = [record for record in read_log(folder / "log.jsonl")
            if "val_loss" in record and record["step"] <= step]
     about = {
         "router": c.router, "seed": settings["seed"], "step": step, "settings": settings,
-        "perplexity": math.exp(min(evaluation["val_loss"], 700.0)),
-        "val_tokens": evaluation["tokens"],
+        "perplexity": perplexity(evaluation["val_loss"]), "val_tokens": evaluation["val_tokens"],
         # without the last evaluation, which is on more tokens than the others
         "log": [record for record in log if record.get("val_tokens") == log[0].get("val_tokens")],
         "unrouted_gradient_share_by_layer": gradient_shares(model, *next(iter(batches(1024))))}
@@ -125,19 +117,18 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
 @torch.no_grad()
 def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
     """batches of idx and targets (B, T), loads (n_layer, E) -> tokens (N), the layers."""
-    tokens, rows = [], [[] for _ in model.blocks]
+    tokens, layers = [], []
     with watch(model) as seen:
         for idx, targets in batches:
             model(idx, targets)
             tokens.append(idx.flatten())
-            for block, layer, found in zip(model.blocks, seen, rows):
-                x, routing = layer.pop()                                 # (n, C)
-                activations = expert_activations(x, block.moe.w_gate, block.moe.w_up)  # (3, n, E)
-                found.append((routing.scores, routing.indices, activations, x.sum(0),
-                              x.square().sum()))
-    return torch.cat(tokens), [
-        make_layer(depth, block.moe.router.directions.detach(), block.moe.w_gate.detach(),
-                   rows[depth], loads[depth]) for depth, block in enumerate(model.blocks)]
+    for depth, (block, rows) in enumerate(zip(model.blocks, seen)):
+        moe, (xs, routings) = block.moe, zip(*rows)
+        layers.append(Layer(
+            depth, moe.router.directions.detach(), moe.w_gate.detach(), moe.w_up.detach(), None,
+            x=torch.cat(xs), scores=torch.cat([routing.scores for routing in routings]),
+            indices=torch.cat([routing.indices for routing in routings]), load=loads[depth]))
+    return torch.cat(tokens), layers
 
 
 def gradient_shares(model, idx: Tensor, targets: Tensor) -> Tensor:
@@ -148,10 +139,9 @@ def gradient_shares(model, idx: Tensor, targets: Tensor) -> Tensor:
         _, loss, aux_loss = model(idx, targets)
     routings = [layer[0][1] for layer in seen]
     logits = [routing.logits for routing in routings]                    # n_layer of (N, E)
-    if list(model.routers()[0].parameters()) and logits[0].requires_grad:
-        gradients = torch.autograd.grad(loss + aux_loss, logits, materialize_grads=True)
-    else:  # centroids take no gradient: 0 (and the share 0 / 0), not what the logits pass on to x
-        gradients = [torch.zeros_like(values) for values in logits]
+    if not (model.routers()[0].directions.requires_grad and logits[0].requires_grad):
+        return torch.full((len(logits),), math.nan)  # centroids: what passes goes to x alone
+    gradients = torch.autograd.grad(loss + aux_loss, logits, materialize_grads=True)
     return torch.stack([unrouted_gradient_share(gradient, routing.indices)
                         for gradient, routing in zip(gradients, routings)])
 
@@ -196,30 +186,18 @@ def find_mixtures(model) -> list[Mixture]:
     return found
 
 
-def see(mixture: Mixture, x: Tensor, indices: Tensor, gates: Tensor) -> tuple:
-    """What the experts are called with, n tokens -> a row for make_layer, in float32."""
-    x, indices, gates = x.flatten(0, -2).float(), indices.flatten(0, -2), gates.flatten(0, -2)
-    logits = F.linear(x, mixture.directions.float(), mixture.bias.float())  # (n, E)
-    scores = router_scores(logits, indices, gates.float())               # (n, E)
-    best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (n, K)
-    activations = [F.linear(x, w.float(), b.float()).norm(dim=1)  # of one expert at a time
-                   for w, b in zip(mixture.w_gate, mixture.b_gate)]      # E of (n)
-    return (scores, indices.gather(1, best), torch.stack(activations, dim=1)[None], x.sum(0),
-            x.square().sum())
-
-
 def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
     """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E): softmax or
     sigmoid, by which of them the gates, normalised over the selected, come. Raises ValueError if by
-    neither."""
+    neither, or if K = 1: normalised, a single gate is always 1."""
     def misfit(scores):  # (N, E) -> ()
         expected = F.normalize(scores.gather(1, indices), p=1.0, dim=1)  # (N, K)
         return (F.normalize(gates, p=1.0, dim=1) - expected).abs().mean()
 
     scores = min(logits.softmax(-1), logits.sigmoid(), key=misfit)       # (N, E)
-    if misfit(scores) > 0.02:
-        raise ValueError("how it routes is not known here: its gates are no softmax or sigmoid of "
-                         "hidden states times router rows.")
+    if indices.shape[1] == 1 or misfit(scores) > 0.02:
+        raise ValueError("how it routes is not known here: it has one expert a token, or gates "
+                         "that are no softmax or sigmoid of hidden states times router rows.")
     return scores
 
 
@@ -275,12 +253,12 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
     ids = read_sequences(tokenizer, text, n_tokens, longest)             # (B, T + 1)
     tokens, T = ids[:, :-1].flatten().to(device), ids.shape[1] - 1       # (N)
     seen, hooks, loss = [[] for _ in mixtures], [], 0.0
-    for mixture, rows in zip(mixtures, seen):
-        def note(experts, args, mixture=mixture, rows=rows):
+    for mixture, calls in zip(mixtures, seen):
+        def note(experts, args, calls=calls):
             if len(args) != 3:
                 raise ValueError("its experts are not called with hidden states, selection and "
                                  "gates: how it routes is not known here.")
-            rows.append(see(mixture, *args))
+            calls.append(args)
         hooks.append(mixture.experts.register_forward_pre_hook(note))
     for sequence in tqdm(ids.to(device), folder.name, **BAR):            # (T + 1)
         logits = model(sequence[None, :-1], use_cache=False).logits[0]   # (T, V)
@@ -290,15 +268,20 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
     if not math.isfinite(loss):
         raise ValueError("its loss is not finite; try --dtype=float32.")
     layers = []
-    for mixture, rows in zip(mixtures, seen):
-        selected = torch.cat([indices for _, indices, *_ in rows])       # (N, K)
-        load = torch.bincount(selected.flatten(), minlength=len(mixture.directions))  # (E)
-        layers.append(make_layer(mixture.depth, mixture.directions, mixture.w_gate, rows, load))
+    for mixture, calls in zip(mixtures, seen):
+        x, indices, gates = (torch.cat([part.flatten(0, -2) for part in parts])
+                             for parts in zip(*calls))                   # (N, C), (N, K), (N, K)
+        logits = F.linear(x.float(), mixture.directions.float(), mixture.bias.float())  # (N, E)
+        scores = router_scores(logits, indices, gates.float())           # (N, E)
+        best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (N, K)
+        load = torch.bincount(indices.flatten(), minlength=scores.shape[1])  # (E)
+        layers.append(Layer(mixture.depth, mixture.directions, mixture.w_gate, None, mixture.b_gate,
+                            x, scores, indices.gather(1, best), load))
 
     def piece(token: int) -> str:  # alone, a sentencepiece token loses the space in front of it
         raw = str(tokenizer.convert_ids_to_tokens(token))
         text = raw.replace("▁", " ") if "▁" in raw else tokenizer.decode([token])
-        return "".join(s if s.isprintable() or s == "\n" else " " for s in text) or f"<{token}>"
+        return visible(text) or f"<{token}>"
 
     (E, H, C), K = mixtures[0].w_gate.shape, layers[0].indices.shape[1]
     settings = MEASURED_BY | {
@@ -307,7 +290,7 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
         "d_expert": H, "block_size": T,
         "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
     about = {"router": c.model_type, "seed": None, "step": None, "settings": settings, "log": [],
-             "perplexity": math.exp(min(loss / len(tokens), 700.0)), "val_tokens": len(tokens)}
+             "perplexity": perplexity(loss / len(tokens)), "val_tokens": len(tokens)}
     return Observed(about, tokens, piece, layers)
 
 
@@ -392,9 +375,10 @@ def token_information(tokens: Tensor, experts: Tensor, E: int) -> Tensor:
 
 def layer_metrics(layer: Layer, tokens: Tensor) -> dict[str, Tensor]:
     """The metrics of one layer by their keys in metrics.json; tokens (N)."""
-    directions, load = layer.directions.float(), layer.load.double()
+    directions, x, load = layer.directions.float(), layer.x.float(), layer.load.double()
     E, C = directions.shape
-    first = layer.indices[:, 0]                                          # (N)
+    first, mean = layer.indices[:, 0], x.mean(0)                         # (N), (C)
+    activations = expert_activations(x, layer.w_gate, layer.w_up, layer.b_gate)  # (3 or 1, N, E)
     std, violation = load_balance(load)
     similarity, signed = router_similarity(directions)
     matched, mismatched = alignment(directions, layer.w_gate)
@@ -404,18 +388,18 @@ def layer_metrics(layer: Layer, tokens: Tensor) -> dict[str, Tensor]:
         "load_sorted": load.sort(descending=True).values / load.sum(),
         "router_similarity": similarity, "router_similarity_signed": signed,
         "router_similarity_chance": torch.tensor(math.sqrt(2 / (math.pi * C))),
-        "common_share": common_share(directions, layer.mean),
+        "common_share": common_share(directions, mean),
         "common_share_chance": torch.tensor(1 / C),
         # the share of the hidden states' energy that is in their mean
-        "anisotropy": layer.mean.square().sum() / layer.energy,
-        "coupling_by_rank": coupling_by_rank(layer.scores, layer.activations[0]),
-        "selected_ratio": selected_ratio(layer.activations[0], layer.indices),
+        "anisotropy": mean.square().sum() / x.square().sum(1).mean(),
+        "coupling_by_rank": coupling_by_rank(layer.scores, activations[0]),
+        "selected_ratio": selected_ratio(activations[0], layer.indices),
         "alignment_matched": matched, "alignment_mismatched": mismatched,
         "token_information": token_information(tokens, first, E),
         "expert_entropy": entropy(torch.bincount(first, minlength=E))}
-    for suffix, activations in zip(("", "_silu", "_swiglu"), layer.activations):
+    for suffix, values in zip(("", "_silu", "_swiglu"), activations):
         # an expert with a constant score or activation has no correlation and does not count
-        metrics["coupling_spearman" + suffix] = spearman(layer.scores, activations).nanmean()
+        metrics["coupling_spearman" + suffix] = spearman(layer.scores, values).nanmean()
     return metrics
 
 
@@ -494,9 +478,9 @@ OTHER_TEXT = {"val_sha256", "block_size", "final_eval_tokens"}  # makes perplexi
 ROUTER_STYLES = {  # colour (Okabe-Ito), line, marker: each tells them apart, in grey too
     "aux": ("#E69F00", "--", "s"), "lossfree": ("#0072B2", "-", "o"),
     "kmeans": ("#009E73", "-.", "^"), "none": ("#000000", ":", "D")}
-OTHER_STYLES = (  # of further groups, going round
-    ("#CC79A7", "--", "v"), ("#56B4E9", "-", "P"), ("#8C564B", "-.", "*"), ("#9A8B00", ":", "<"),
-    ("#D55E00", "--", "X"), ("#7F3C8D", "-", ">"))
+OTHER_STYLES = (  # of further groups: each goes round by itself, so that 84 differ
+    ("#CC79A7", "#56B4E9", "#8C564B", "#9A8B00", "#D55E00", "#7F3C8D"), ("--", "-", "-.", ":"),
+    ("v", "P", "*", "<", "X", ">", "p"))
 
 
 class Group(NamedTuple):
@@ -529,11 +513,12 @@ def experiment(run: dict) -> dict:
 
 def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
     """{setting: {value: labels of the groups that have it}} where it has several values."""
-    found = {}
-    for group in groups:
-        for key, value in experiment(group.runs[0]).items():
-            value = str(value)[:8] if key.endswith("sha256") else str(value)
-            found.setdefault(key, {}).setdefault(value, []).append(group.label)
+    found, settings = {}, [experiment(group.runs[0]) for group in groups]
+    for key in dict.fromkeys(key for one in settings for key in one):
+        for group, one in zip(groups, settings):
+            if key in one or "max_iters" in one:  # an --hf model has not the settings of a training
+                value = str(one.get(key, "absent"))[:8 if key.endswith("sha256") else None]
+                found.setdefault(key, {}).setdefault(value, []).append(group.label)
     return {key: labels for key, labels in found.items() if len(labels) > 1}
 
 
@@ -548,7 +533,7 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
         key = base, json.dumps(experiment(run), sort_keys=True)
         found.setdefault(key, []).append(name)
     bases = [base.removesuffix("/") for base, _ in found]
-    groups, styles, others = [], dict(ROUTER_STYLES), cycle(OTHER_STYLES)
+    groups, styles, others = [], dict(ROUTER_STYLES), zip(*map(cycle, OTHER_STYLES))
     for base, members in zip(bases, found.values()):
         label = base
         if len(members) == 1:
@@ -773,6 +758,8 @@ def draw_experts(fig, groups) -> None:
     shown = list(panels.values())[:4]  # the first of each router
     if not shown:
         return
+    if len(panels) > 4:
+        warn(f"experts.png has room for four routers and leaves out {', '.join([*panels][4:])}.")
     grid = fig.add_gridspec(len(shown), 2, width_ratios=(65, 30))
     mono = dict(family="DejaVu Sans Mono", va="center_baseline")
     for i, group in enumerate(shown):
@@ -918,7 +905,8 @@ def main(argv: list[str]) -> None:
             warn(f"{source} is left out: {' '.join(str(error).split())}")  # on one line
             continue
         names = [name for name, _, _ in found]
-        runs = {place if names.count(name) > 1 else name: metrics for name, place, metrics in found}
+        clash = len(set(names)) < len(names)  # then each run is called by its place
+        runs = {place if clash else name: metrics for name, place, metrics in found}
         if folder.suffix != ".json":  # at once: the next one may take an hour
             write_metrics(path, runs)
     if runs:

@@ -15,6 +15,7 @@ import colorsys
 import hashlib
 import inspect
 import json
+import math
 import sys
 import textwrap
 from contextlib import contextmanager, suppress
@@ -132,7 +133,8 @@ class Experts(torch.autograd.Function):
         h = F.silu(a) * b                                                # (N*K, H)
         ys = grouped_mm(gate * h, w_down.transpose(1, 2), offs=ends)     # (N*K, C)
         ctx.save_for_backward(x, gate, w_gate, w_up, w_down, token, inverse, ends, a, b)
-        return gather_sum(ys, inverse)                                   # (N, C) combine
+        # dtype: autocast on CUDA would sum in float32
+        return ys[inverse].sum(1, dtype=x.dtype)                         # (N, C) combine
 
     @staticmethod
     def backward(ctx, dy):
@@ -157,8 +159,8 @@ class Experts(torch.autograd.Function):
         dw_gate = weight_gradient(da, xs, ends)                          # (E, H, C)
         dw_up = weight_gradient(db, xs, ends)                            # (E, H, C)
         dw_down = weight_gradient(dys, gate * h, ends)                   # (E, C, H)
-        dx = gather_sum(grouped_mm(da, w_gate, offs=ends), inverse)      # (N, C)
-        dx = dx + gather_sum(grouped_mm(db, w_up, offs=ends), inverse)
+        dx = grouped_mm(da, w_gate, offs=ends)[inverse].sum(1, dtype=x.dtype)  # (N, C)
+        dx = dx + grouped_mm(db, w_up, offs=ends)[inverse].sum(1, dtype=x.dtype)
         return dx, dgates, dw_gate, dw_up, dw_down, None, None, None
 
 
@@ -169,14 +171,6 @@ def weight_gradient(d_out: Tensor, inputs: Tensor, ends: Tensor) -> Tensor:
     # in bfloat16 on B200 (pytorch issue 172439)
     empty = ends.diff(prepend=ends.new_zeros(1)) == 0                    # (E)
     return gradient.masked_fill_(empty[:, None, None], 0.0)
-
-
-def gather_sum(rows: Tensor, inverse: Tensor) -> Tensor:
-    """rows (N*K, C), inverse (N, K) -> (N, C): to each token the sum of its K rows."""
-    if torch.compiler.is_compiling():
-        # the compiler fuses gather and sum; without dtype, autocast on CUDA would sum in float32
-        return rows[inverse].sum(1, dtype=rows.dtype)
-    return F.embedding_bag(inverse, rows, mode="sum")  # the same, without making rows[inverse]
 
 
 class SMoE(nn.Module):
@@ -286,7 +280,8 @@ class SMoETransformer(nn.Module):
                 scale = (2 * self.config.n_layer) ** -0.5 if residual else 1.0
                 nn.init.normal_(p, std=0.02 * scale)
         for router in self.routers():
-            if isinstance(router, KMeansRouter):
+            # in a router of yours, derived from it, they may have their values already
+            if isinstance(router, KMeansRouter) and not router.centroids.any():
                 direction = F.normalize(torch.randn_like(router.centroids), dim=-1)        # (E, C)
                 router.centroids.copy_(direction * self.config.n_embd ** 0.5)
 
@@ -379,6 +374,11 @@ def watch(model: SMoETransformer):
             hook.remove()
 
 
+def perplexity(loss: float) -> float:
+    """loss in nats -> exp(loss), or a huge number where that is infinite, which JSON has not."""
+    return math.exp(min(loss, 700.0))
+
+
 @torch.no_grad()
 def validate(model: SMoETransformer, batches) -> tuple[float, int, Tensor]:
     """batches of idx and targets (B, T) -> sum of the cross-entropy over all tokens, their number,
@@ -407,7 +407,7 @@ def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
     for block, layer in zip(model.blocks, seen):
         x = torch.cat([x for x, _ in layer]).float()                     # (N, C)
         scores = torch.cat([routing.scores for _, routing in layer])     # (N, E)
-        activation = torch.einsum("nc,ehc->neh", x, block.moe.w_gate).norm(dim=-1)  # (N, E)
+        activation, = expert_activations(x, block.moe.w_gate)            # (N, E)
         coupling.append(spearman(scores, activation).nanmean())
     return torch.stack(coupling)
 
@@ -434,16 +434,23 @@ def router_similarity(directions: Tensor) -> Tensor:
     return torch.stack([pairs.abs().mean(), pairs.mean()])
 
 
-def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
+def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor | None = None,
+                       b_gate: Tensor | None = None) -> Tensor:
     """How strongly every expert reacts to every token, chosen or not: norms over the H neurons.
 
         a_ti = ||W_gate_i x_t||,   ||silu(W_gate_i x_t)||,   ||silu(W_gate_i x_t) * (W_up_i x_t)||
 
-    x (N, C), w_gate, w_up (E, H, C) -> (3, N, E). Makes N * E * H numbers at once: pass a few
-    thousand tokens at most."""
-    a = torch.einsum("nc,ehc->neh", x, w_gate)                           # (N, E, H)
-    b = torch.einsum("nc,ehc->neh", x, w_up)                             # (N, E, H)
-    return torch.stack([v.norm(dim=-1) for v in (a, F.silu(a), F.silu(a) * b)])
+    x (N, C), w_gate, w_up (E, H, C) -> (3, N, E), or (1, N, E) of the first alone without w_up.
+    b_gate (E, H), if any, adds to W_gate x. One expert at a time, as all would be N * E * H
+    numbers."""
+    columns = []
+    for i, w in enumerate(w_gate):
+        a = F.linear(x, w.float(), None if b_gate is None else b_gate[i].float())  # (N, H)
+        values = [a]
+        if w_up is not None:
+            values += [F.silu(a), F.silu(a) * (x @ w_up[i].t())]         # (N, H) each
+        columns.append(torch.stack([v.norm(dim=-1) for v in values]))    # (1 or 3, N)
+    return torch.stack(columns, dim=-1)
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
@@ -465,36 +472,42 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 
 # settings that change a run's numbers by rounding at most: --resume may change them, and runs that
 # differ in nothing else count as the same experiment
-INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "bench", "eval_interval",
+INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_interval",
               "log_interval"}
-FILES = [Path(__file__).with_name(f"{name}.py")
+FILES = [Path(__file__).resolve().with_name(f"{name}.py")
          for name in ("routers", "model", "prepare_data", "train")]
-CODE = "".join(file.read_text() for file in FILES if file.exists())  # as it was imported
+CODE = b"".join(file.read_bytes() for file in FILES if file.exists())  # as it was imported
 
 
-def own_code(router: str) -> dict[str, str]:
-    """{module: its source} of your code in a run: the modules that define a router of yours or one
-    of its base classes, and those that put a method of theirs into a class of model.py or
-    routers.py, as SMoE.forward = my_forward does."""
-    parts = list(ROUTERS[router].__mro__)
-    for cls in (*globals().values(), *ROUTERS.values()):
-        if inspect.isclass(cls) and issubclass(cls, nn.Module):
-            parts += filter(inspect.isfunction, vars(cls).values())
-    own = {}
+def own_code(router: str) -> dict[str, bytes]:
+    """{module: its source} of your code in a run: the modules that define the router or one of its
+    base classes, and those from which a function, class or method of FILES was replaced, as by
+    train.learning_rate = my_rate or SMoE.forward = my_forward."""
+    def file_of(module):
+        return Path(getattr(sys.modules.get(module), "__file__", None) or "").resolve()
+
+    parts, own = list(ROUTERS[router].__mro__), {}
+    for name in [name for name in list(sys.modules) if file_of(name) in FILES]:
+        parts += vars(sys.modules[name]).values()
+    for cls in filter(inspect.isclass, list(parts)):
+        parts += [getattr(part, "fget", part) for part in vars(cls).values()]  # of a property
     for part in parts:
-        name = part.__module__
-        if name in ("routers", __name__, "builtins", nn.Module.__module__):
+        name = getattr(part, "__module__", None) or "builtins"
+        file = file_of(name)
+        library = name.split(".")[0] in sys.stdlib_module_names or "-packages/" in file.as_posix()
+        if library or file in FILES:
             continue
-        with suppress(OSError, TypeError):  # a notebook keeps the source of its cells, a shell not
-            file = Path(getattr(sys.modules[name], "__file__", None) or "")
-            own[name] = file.read_text() if file.is_file() else (
-                own.get(name, "") + inspect.getsource(part))
+        if file.is_file():
+            own[name] = file.read_bytes()
+        elif name in sys.modules:
+            with suppress(OSError, TypeError):  # a notebook keeps its cells' source, a shell not
+                own[name] = own.get(name, b"") + inspect.getsource(part).encode()
     return own
 
 
 def code_sha256(router: str) -> str:
     """Of the code that makes a run what it is, beside its settings."""
-    return hashlib.sha256("".join([CODE, *sorted(own_code(router).values())]).encode()).hexdigest()
+    return hashlib.sha256(b"".join([CODE, *sorted(own_code(router).values())])).hexdigest()
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
@@ -503,6 +516,7 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     code has trained it. Raises ValueError for a missing, damaged or foreign file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        checkpoint["code_sha256"], checkpoint["history"]  # KeyError if one is missing
         config = Config(**{field.name: checkpoint["config"].get(field.name, field.default)
                            for field in fields(Config)})  # default: you have added the field since
         model = SMoETransformer(config)
@@ -513,7 +527,7 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise ValueError(f"{path} is damaged, not a checkpoint of this project, or of a router "
                          f"that is not registered here ({reason}).") from None
-    if checkpoint.get("code_sha256") != code_sha256(config.router):
+    if checkpoint["code_sha256"] != code_sha256(config.router):
         print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
               "prepare_data.py, train.py or your own): its numbers may belong to neither.",
               file=sys.stderr)

@@ -67,8 +67,12 @@ def printable(tokenizer, ids):
         if not tokenizer.is_special_token(i):
             with suppress(KeyError):  # an id that only the model has: its vocabulary is padded
                 raw += tokenizer.decode_single_token_bytes(i)
-    return "".join(char if char.isprintable() or char == "\n" else " "
-                   for char in raw.decode(errors="replace"))
+    return visible(raw.decode(errors="replace"))
+
+
+def visible(text):
+    """-> text with a space in the place of each control character but the line end."""
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
 
 
 # ---------------------------------------------------------------- a corpus as pieces of text
@@ -240,13 +244,10 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
             if not (meta["n_train"] and meta["n_val"]):
                 raise ValueError(f"{dataset} is too small to split: it makes {summary}; give more "
                                  "text, or join it into one file.")
-            if target.exists():
-                raise ValueError(f"another process has made {target} meanwhile; use that, or pass "
-                                 "another --name.")
-            folder.rename(target)
+            folder.rename(target)  # fails if another process has made it meanwhile
     except OSError as error:
-        raise OSError(f"{target} could not be made ({error}): make room on the disk or correct the "
-                      "permissions, and try again.") from error
+        raise OSError(f"{target} could not be made ({error}): make room on the disk, correct the "
+                      "permissions or pass another --name, and try again.") from error
     print(f"{target}: {summary}; vocabulary {enc.n_vocab:,} ({tokenizer})")
     return target
 
@@ -302,8 +303,8 @@ def open_dataset(folder, block_size, vocab_size):
         meta["tokenizer"]["name"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder} is not a whole data set ({type(error).__name__}: {error}): delete it, if it "
-            "is there, and prepare it with prepare_data.py.") from error
+            f"{folder} is not a whole data set ({type(error).__name__}: {error}): move it away, if "
+            "it is there, and make one with prepare_data.py.") from error
     if n_vocab > vocab_size:
         raise ValueError(f"vocab_size must be at least {n_vocab} for {folder}, such as "
                          f"{-(-n_vocab // 64) * 64}; it is {vocab_size}.")
@@ -322,7 +323,7 @@ def windows(data, split, starts, block_size, device):
     rows = torch.from_numpy(view[starts].astype(np.int64))  # (B, T+1)
     if rows.max() >= data.meta["vocab_size"]:
         raise ValueError(f"{split}.bin is damaged: it holds the token id {rows.max()}, and there "
-                         f"are {data.meta['vocab_size']}; delete the data set, prepare it again.")
+                         f"are {data.meta['vocab_size']}; prepare the data set anew.")
     x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # (B, T) each
     if torch.device(device).type == "cuda":  # from pinned memory the copy overlaps computation
         x, y = x.pin_memory(), y.pin_memory()
@@ -349,7 +350,7 @@ def eval_batches(data, eval_tokens, *, block_size, batch_size, rank=0, world_siz
         yield windows(data, "val", starts[i:i + batch_size], block_size, device)
 
 
-# ---------------------------------------------------------------- command line
+# ---------------------------------------------------------------- what all scripts share
 
 class Parser(argparse.ArgumentParser):
     """The parser of all scripts: it turns a wrong flag into a ValueError, not into usage text."""

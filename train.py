@@ -18,7 +18,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -29,11 +28,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, ROUTERS, Config, SMoETransformer, code_sha256, coupling_spearman, load_balance,
-    load_checkpoint, own_code, read_log, router_similarity, validate)
+    INCIDENTAL, Config, SMoETransformer, code_sha256, coupling_spearman, load_balance,
+    load_checkpoint, own_code, perplexity, read_log, router_similarity, validate)
 from prepare_data import (
     Parser, cli, eval_batches, get_batch, get_tokenizer, lock, open_dataset, prepare,
     printable, unused)
@@ -261,13 +261,13 @@ def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> 
     return torch.stack(losses).mean(0)
 
 
-def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple[dict, dict]:
-    """-> (metrics for the log, see README.md; evaluation for the checkpoint). Loss and load are on
-    n_tokens validation tokens, the same for every seed and batch size, divided among the processes;
-    the coupling on 2,048, the same for each process. Means are over layers."""
+def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
+    """-> (metrics for the log, see README.md; tokens that each expert got (n_layer, E)). Loss and
+    load are on n_tokens validation tokens, the same for every seed and batch size, divided among
+    the processes; the coupling on 2,048, the same for each process. Means are over layers."""
     where = dict(block_size=c.block_size, batch_size=c.batch_size, device=machine.device)
     model.eval()
-    with machine.autocast, torch.no_grad():
+    with machine.autocast:
         loss, n, loads = validate(model, eval_batches(
             data, n_tokens, rank=machine.rank, world_size=machine.world_size, **where))
         coupling = coupling_spearman(model, eval_batches(data, 2048, **where))
@@ -277,13 +277,12 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     val_loss = (sums[0] / sums[1]).item()
     load_std, max_violation = load_balance(loads)                        # (n_layer) each
     similarity = torch.stack([router_similarity(r.directions)[0] for r in model.routers()])
-    metrics = {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700.0)),  # no infinity
-               "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
-               # nan: there is a single expert
-               "router_similarity": similarity.mean().nan_to_num().item(),
-               "coupling_spearman": coupling.mean().nan_to_num().item(),
-               "val_tokens": int(sums[1])}
-    return metrics, {"val_loss": val_loss, "tokens": int(sums[1]), "load": loads}
+    return {"val_loss": val_loss, "perplexity": perplexity(val_loss),
+            "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
+            # nan: there is a single expert
+            "router_similarity": similarity.mean().nan_to_num().item(),
+            "coupling_spearman": coupling.mean().nan_to_num().item(),
+            "val_tokens": int(sums[1])}, loads
 
 
 # ---------------------------------------------------------------- the files of a run
@@ -346,7 +345,7 @@ def describe(c: TrainConfig, dtype: torch.dtype, data, history: list) -> dict:
 def save_checkpoint(path: Path, about: dict, model, optimizer, step: int,
                     evaluation: dict | None) -> None:
     """Writes beside `path`, then renames: kill it when you like, what lies at `path` is whole.
-    `evaluation`: the last one, with the load of each layer; None until all steps are done."""
+    `evaluation`: the last one, metrics and load (n_layer, E); None until all steps are done."""
     state = about | dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                          evaluation=evaluation, rng=torch.get_rng_state())
     temporary = path.with_suffix(".tmp")
@@ -364,7 +363,7 @@ def check_finite(record: dict, model, path: Path) -> None:
     """Ends a run that has diverged before it saves anything. The loss is from before the step, so
     it can be fine where the weights are not."""
     losses = [record[key] for key in ("train_loss", "val_loss") if key in record]
-    weights = all(p.isfinite().all() for p in model.parameters())
+    weights = all(values.isfinite().all() for values in model.state_dict().values())
     if not (weights and all(map(math.isfinite, losses))):
         raise ValueError(f"loss or weights are not finite at step {record['step']}; the last good "
                          f"checkpoint, if any, is {path}. Try a lower --learning_rate or a longer "
@@ -388,22 +387,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
 
 
-def bench(c: TrainConfig, steps: int = 10) -> None:
+def bench(c: TrainConfig) -> None:
     """Trains on synthetic tokens and prints speed and memory, beside the limit: dense products of
     the same FLOPs, timed in the same minute."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--bench measures one device; start it with python, not torchrun.")
     device, dtype, autocast, _, _ = set_up(c)
 
-    def seconds(function, n):  # the median of n calls
-        times = []
-        for _ in range(n):
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+    def seconds(function):  # the median of calls for three seconds; Timer waits for a GPU
+        return Timer("function()", globals={"function": function},
+                     num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=3).median
 
     torch.manual_seed(c.seed)
     model = SMoETransformer(c).to(device)
@@ -411,15 +404,17 @@ def bench(c: TrainConfig, steps: int = 10) -> None:
     batches = list(torch.randint(c.vocab_size, device=device, size=(
         c.gradient_accumulation_steps, 2, c.batch_size, c.block_size)))
     step = lambda: train_step(run, model.routers(), optimizer, batches, autocast, c)
-    first, _, t = seconds(step, 1), seconds(step, 2), seconds(step, steps)  # compile, warm up, time
+    start = time.perf_counter()
+    step().tolist()  # compiles; tolist() waits for a GPU
+    first = time.perf_counter() - start
+    t = seconds(step)
     hardware, memory = f"CPU, {torch.get_num_threads()} threads", ""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name()
         memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    seconds(lambda: a @ b, 3)
-    dense = 2 * n**3 / seconds(lambda: a @ b, 10)
+    dense = 2 * n**3 / seconds(lambda: a @ b)
 
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
     flops, peak = tokens * model.flops_per_token() / t, peak_flops(device, dtype)
@@ -481,12 +476,12 @@ def command(script: str, router: str, *flags: str) -> str:
            for module in own_code(router)]
     if not own:
         return shlex.join(["python", f"{script}.py", *flags])
-    call = f"import {', '.join([*own, script])}; {script}.main({json.dumps(flags)})"
-    return shlex.join(["python", "-c", call])
+    call = f"import {', '.join([*own, script])}; {script}.cli({script}.main)"
+    return shlex.join(["python", "-c", call, *flags])
 
 
 def restore(loaded: tuple, data, device, c: TrainConfig) -> tuple:
-    """What load_checkpoint gave -> (model, optimizer, step, history) to go on with."""
+    """What load_checkpoint gave -> (model, optimizer, step) to go on with."""
     model, checkpoint = loaded
     model.to(device)
     if data.meta["sha256"] != {"train.bin": checkpoint["data_sha256"],
@@ -496,23 +491,27 @@ def restore(loaded: tuple, data, device, c: TrainConfig) -> tuple:
     optimizer = make_optimizer(model, c)
     optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["rng"])  # for the sample at the end: batches do not need it
-    return model, optimizer, checkpoint["step"], checkpoint["history"]
+    return model, optimizer, checkpoint["step"]
 
 
 def main(argv: list[str]) -> None:
     c, loaded = parse_args(argv)
     if c.bench:
         return bench(c)
-    machine, out_dir = set_up(c), Path(c.out_dir)
+    machine = set_up(c)
     device, dtype, autocast, rank, world_size = machine
-    master, log_path, checkpoint_path = rank == 0, out_dir / "log.jsonl", out_dir / "ckpt.pt"
+    master = rank == 0
+    out_dir = Path(c.out_dir)
+    log_path, checkpoint_path = out_dir / "log.jsonl", out_dir / "ckpt.pt"
     data = open_data(c, machine)
+    history = loaded[1]["history"] if loaded else []
+    about = describe(c, dtype, data, history)
     claimed = claim(out_dir, c) if master else None  # it holds while this file is open
     torch.manual_seed(c.seed)  # the same weights on every rank
     if loaded:
-        raw_model, optimizer, step, history = restore(loaded, data, device, c)
+        raw_model, optimizer, step = restore(loaded, data, device, c)
         # the log forgets what came after the checkpoint
-        metrics, records = {}, [record for record in read_log(log_path) if record["step"] <= step]
+        records = [record for record in read_log(log_path) if record["step"] <= step]
         # check_resume has just noted other code or another max_iters: keep what the run was
         if master and any(changed == step for changed, *_ in history):
             kept = out_dir / f"step-{step}"
@@ -522,12 +521,12 @@ def main(argv: list[str]) -> None:
             print(f"The run as it was at step {step} is kept in {kept}.")
     else:
         raw_model = SMoETransformer(c).to(device)
-        optimizer, step, history = make_optimizer(raw_model, c), 0, []
+        optimizer = make_optimizer(raw_model, c)
+        step = 0
         metrics, _ = evaluate(raw_model, data, c.eval_tokens, machine, c)
         records = [{"step": 0} | dict.fromkeys(
             ("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu")) | metrics]
     loaded = None  # closes the mapped file: else the next save would not free its place on the disk
-    about = describe(c, dtype, data, history)
     if master:
         write_log(log_path, records, anew=True)
     model = compiled(raw_model) if c.compile else raw_model
@@ -537,13 +536,14 @@ def main(argv: list[str]) -> None:
         model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=220)
 
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
-    peak, flops_per_token = peak_flops(device, dtype), raw_model.flops_per_token()
+    peak = peak_flops(device, dtype)
     if master:
         counts = [f"{n / 1e6:.1f}M" for n in raw_model.num_params()]
         print(f"{c.router}: {counts[0]} parameters, {counts[1]} active a token, {world_size} x "
               f"{device} in {dtype}; {c.dataset}: {len(data.train):,} tokens, steps {step} to "
               f"{c.max_iters} read {(c.max_iters - step) * tokens:,}")
-    start, start_step, stop = time.perf_counter(), step, False
+    start, start_step = time.perf_counter(), step  # of the speed
+    stop = False
     bar = tqdm(total=c.max_iters, initial=step, unit="step", disable=None if master else True)
     with stop_requests() as signals:
         while step < c.max_iters and not stop:
@@ -565,21 +565,21 @@ def main(argv: list[str]) -> None:
             stop = bool(sum_over_processes(torch.tensor(len(signals))))
 
             # measure, once in a while
-            last, evaluation = step == c.max_iters, None
+            last = step == c.max_iters
             evaluating = last or step % c.eval_interval == 0
             if not (stop or evaluating or step % c.log_interval == 0):
                 continue
             # this waits for the device
             train_loss, aux_loss = (sum_over_processes(losses) / world_size).tolist()
             speed = (step - start_step) * tokens / (time.perf_counter() - start)
-            record = {"step": step, "train_loss": train_loss, "aux_loss": aux_loss,
-                      "lr": lr, "tokens_per_s": speed,
-                      "mfu": speed * flops_per_token / (peak * world_size) if peak else None}
+            flops = speed * raw_model.flops_per_token()
+            record = {"step": step, "train_loss": train_loss, "aux_loss": aux_loss, "lr": lr,
+                      "tokens_per_s": speed, "mfu": flops / (peak * world_size) if peak else None}
             bar.set_postfix(loss=f"{train_loss:.3f}")
             if evaluating:
                 # the model that is not compiled: evaluation is rare, and need not compile again
                 n_tokens = c.final_eval_tokens if last else c.eval_tokens
-                metrics, evaluation = evaluate(raw_model, data, n_tokens, machine, c)
+                metrics, loads = evaluate(raw_model, data, n_tokens, machine, c)
                 record |= metrics
             check_finite(record, raw_model, checkpoint_path)
 
@@ -588,7 +588,7 @@ def main(argv: list[str]) -> None:
                 write_log(log_path, [record], anew=False)
                 if evaluating or stop:
                     save_checkpoint(checkpoint_path, about, raw_model, optimizer, step,
-                                    evaluation if last else None)
+                                    metrics | {"load": loads} if last else None)
                 if evaluating:
                     tqdm.write(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
             start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
