@@ -11,8 +11,8 @@ what a run is), measure (pure functions of that), draw (from metrics.json alone)
 
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k, H = d_expert (expert width).
 The metrics follow "Routers Learn the Geometry of Their Experts", arXiv 2605.12476, but for some of
-our own: common_share, token_information, load_cv_sampling, unrouted_gradient_share. What the paper's
-summaries leave open is this project's choice, and defined in the docstrings below."""
+our own: common_share, token_information, load_cv_sampling, unrouted_gradient_share. What the
+paper's summaries leave open is this project's choice, and defined in the docstrings below."""
 import argparse
 import hashlib
 import json
@@ -76,7 +76,8 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     float32 and eval mode: nothing moves. Its perplexity and load are those of its own last
     evaluation. Raises ValueError for a run that cannot be measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
-    c, step, evaluation = model.config, checkpoint["step"], checkpoint["evaluation"]
+    c = model.config
+    step, evaluation = checkpoint["step"], checkpoint["evaluation"]
     settings = checkpoint["config"] | MEASURED_BY | {  # history: what a --resume has changed
         key: str(checkpoint[key]) for key in (
             "data_sha256", "val_sha256", "code_sha256", "history")}
@@ -244,15 +245,16 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
     """The transformers model in `folder`, or of that name on the hub, on n_tokens tokens of a text.
     Raises ValueError for what is no mixture of experts."""
     model, tokenizer = load_hf(folder, dtype)
-    mixtures, c = find_mixtures(model.to(device)), model.config.get_text_config()
+    mixtures = find_mixtures(model.to(device))
     if not mixtures:
         raise ValueError("it has no mixture of experts as transformers 5 lays them out: a module "
                          "with gate_up_proj (E, 2H, C) and down_proj (E, C, H), and beside it a "
                          "gate or router with a weight (E, C).")
+    c = model.config.get_text_config()
     longest = min(1024, getattr(c, "max_position_embeddings", None) or 1024)
     ids = read_sequences(tokenizer, text, n_tokens, longest)             # (B, T + 1)
-    tokens, T = ids[:, :-1].flatten().to(device), ids.shape[1] - 1       # (N)
-    seen, hooks, loss = [[] for _ in mixtures], [], 0.0
+    tokens = ids[:, :-1].flatten().to(device)                            # (N)
+    seen, hooks = [[] for _ in mixtures], []
     for mixture, calls in zip(mixtures, seen):
         def note(experts, args, calls=calls):
             if len(args) != 3:
@@ -260,6 +262,7 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
                                  "gates: how it routes is not known here.")
             calls.append(args)
         hooks.append(mixture.experts.register_forward_pre_hook(note))
+    loss = 0.0
     for sequence in tqdm(ids.to(device), folder.name, **BAR):            # (T + 1)
         logits = model(sequence[None, :-1], use_cache=False).logits[0]   # (T, V)
         loss += F.cross_entropy(logits.float(), sequence[1:], reduction="sum").item()
@@ -287,7 +290,7 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
     settings = MEASURED_BY | {
         "router": c.model_type, "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
         "dtype": str(model.dtype).removeprefix("torch."), "n_embd": C, "n_expert": E, "top_k": K,
-        "d_expert": H, "block_size": T,
+        "d_expert": H, "block_size": ids.shape[1] - 1,
         "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
     about = {"router": c.model_type, "seed": None, "step": None, "settings": settings, "log": [],
              "perplexity": perplexity(loss / len(tokens)), "val_tokens": len(tokens)}
@@ -764,7 +767,8 @@ def draw_experts(fig, groups) -> None:
     mono = dict(family="DejaVu Sans Mono", va="center_baseline")
     for i, group in enumerate(shown):
         run = group.runs[0]
-        ax, colors = fig.add_subplot(grid[i, 0]), expert_colors(run["n_expert"])
+        ax = fig.add_subplot(grid[i, 0])
+        colors = expert_colors(run["n_expert"])
         ax.set(xlim=(0, 70), ylim=(8, 0))
         ax.set_title(f"{group.title()} of 0 to {run['depth'][-1]}", fontsize=10, loc="left")
         for y, line in enumerate(run["text"]):
@@ -775,7 +779,8 @@ def draw_experts(fig, groups) -> None:
                         linewidth=0.4)
                 ax.text(x, y + 0.5, text, size=10, **mono)  # 70 characters fill the panel
                 x += len(text)
-    last, ax = shown[-1], fig.add_subplot(grid[:, 1])
+    last = shown[-1]
+    ax = fig.add_subplot(grid[:, 1])
     colors = expert_colors(last.runs[0]["n_expert"])
     ax.set(xlim=(0, 34), ylim=(len(colors), 0))
     ax.set_title(f"Tokens that each expert of {last.label}\ngets most above its share (best "
@@ -876,17 +881,19 @@ def write_metrics(path: Path, runs: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
-    args, found, runs = parse_args(argv), [], {}
+    args = parse_args(argv)
     folders = args.run or ([] if args.hf else sorted(
         path.parent for path in Path("out").glob("*/ckpt.pt")))
     if not (folders or args.hf):
         raise ValueError("there is no run in out/; train one with python train.py.")
     path = args.out_dir.expanduser() / "metrics.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    locked, kept = lock(path.parent), None  # the lock holds while this file is open
+    locked = lock(path.parent)  # while this file is open
+    kept = None
     if path.exists():  # it may hold hours of measuring
         kept = unused(path.parent, "metrics.old-", ".json")
         shutil.copy(path, kept)
+    found, runs = [], {}
     # a metrics.json is read first: it may be the one that is then replaced
     for source in sorted([*folders, *args.hf], key=lambda source: source.suffix != ".json"):
         folder = source.expanduser()

@@ -217,7 +217,8 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
     if not 0 < val_fraction < 1 or max_tokens is not None and max_tokens < 2:
         raise ValueError("val_fraction must be between 0 and 1, max_tokens at least 2 (one for "
                          f"each split), not {val_fraction} and {max_tokens}.")
-    enc, dataset, data_root = get_tokenizer(tokenizer), str(dataset), Path(data_root)
+    enc = get_tokenizer(tokenizer)
+    dataset, data_root = str(dataset), Path(data_root)
     path = Path(dataset).expanduser().resolve()
     source = dataset if dataset in DATASETS else str(path)
     name = name or (path.stem if path.is_file() else path.name)
@@ -258,8 +259,10 @@ def write_tokens(pieces, enc, folder, val_fraction, max_tokens):
     dtype = np.dtype("<u2" if enc.n_vocab <= 1 << 16 else "<u4")
     max_tokens = max_tokens or sys.maxsize
     n_val = max(1, round(max_tokens * val_fraction))
-    limit, n = {"train": max_tokens - n_val, "val": n_val}, {"train": 0, "val": 0}
-    sha256, counts = {split: hashlib.sha256() for split in n}, Counter()
+    limit = {"train": max_tokens - n_val, "val": n_val}
+    n = {"train": 0, "val": 0}
+    sha256 = {split: hashlib.sha256() for split in n}
+    counts = Counter()
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         files = {"train": train, "val": val}
         for split, text, ends in tqdm(pieces, unit=" pieces", leave=False, disable=None):
@@ -295,7 +298,8 @@ def open_dataset(folder, block_size, vocab_size):
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        n_vocab, dtype = meta["vocab_size"], {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
+        n_vocab = meta["vocab_size"]
+        dtype = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
         train, val = (np.memmap(folder / f"{s}.bin", dtype, mode="r") for s in ("train", "val"))
         if (len(train), len(val)) != (meta["n_train"], meta["n_val"]):
             raise ValueError(f"{len(train)} train and {len(val)} val tokens, unlike meta.json")

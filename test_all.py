@@ -12,6 +12,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -835,30 +836,34 @@ def test_too_little_memory_is_a_sentence_and_a_bug_is_not(error, words, capsys):
     assert (words or "") in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script, flag", [
-    ("train.py", "--lr=1"), ("prepare_data.py", "--tokenizer=gpt5"), ("model.py", "nothing")])
-def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(script, flag, tmp_path):
-    done = run_script(script, flag, cwd=tmp_path)
+@pytest.mark.parametrize("command, words", [
+    ("train --router=best", "router must be one of aux, lossfree, kmeans, none or of what"),
+    ("train --config=7b", "config must be one of tiny, small, 1b"),
+    ("train --lr=1", "unrecognized arguments: --lr=1; python train.py --help lists the flags"),
+    ("train --max_iters=many", "max_iters: invalid int value: 'many'"),
+    ("train --learning_rate=nan", "learning_rate must be positive"),
+    ("train --dataset=nothing", "data/nothing is not a whole data set"),
+    ("train --device=cuda:99", "device cuda:99 is not there"),
+    ("train --block_size=100000", "block_size must be at most"),
+    ("train --vocab_size=64", "such as 320"),
+    ("train --z_loss_coef=0.1", "z_loss_coef must be 0.0 under kmeans, which does not read it"),
+    ("train --compile --dtype=float32", "dtype must be bfloat16 with --compile"),
+    ("train --resume", "out/kmeans/ckpt.pt is not there"),
+    ("prepare_data --dataset=nowhere", "'nowhere'"), ("prepare_data --dataset=", "''"),
+    ("prepare_data --tokenizer=gpt5", "TIKTOKEN_CACHE_DIR"),
+    ("prepare_data --val_fraction=nan", "not nan"), ("prepare_data --glob=*.md", "not a folder"),
+    ("prepare_data --name=../x", "another --name"),
+    ("prepare_data --name=python", "another --name"),
+    ("analyze", "there is no run in out/"), ("analyze nowhere", "no run is left"),
+    ("analyze --tokens=0", "--tokens must be positive"),
+    ("analyze --device=abacus", "not a device"), ("analyze x --out_dir=/proc/x", "/proc/x"),
+    ("model nothing", "nothing/ckpt.pt is not there")])
+def test_a_users_mistake_is_a_sentence_and_exit_code_2_and_leaves_no_run(command, words, workdir):
+    script, *flags = command.split()
+    done = run_script(f"{script}.py", *(TOY if script == "train" else []), *flags)
     assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(rf"{script}: .+\.\n", done.stderr)
-
-
-@pytest.mark.parametrize("flag, words", [
-    ("--router=best", "router must be one of aux, lossfree, kmeans, none or of what"),
-    ("--config=7b", "config must be one of tiny, small, 1b"),
-    ("--lr=1", "unrecognized arguments: --lr=1"),
-    ("--max_iters=many", "max_iters: invalid int value: 'many'"),
-    ("--learning_rate=nan", "learning_rate must be positive"),
-    ("--dataset=nothing", "data/nothing is not a whole data set"),
-    ("--device=cuda:99", "device cuda:99 is not there"),
-    ("--block_size=100000", "block_size must be at most"),
-    ("--vocab_size=64", "such as 320"),
-    ("--z_loss_coef=0.1", "z_loss_coef must be 0.0 under kmeans, which does not read it"),
-    ("--compile --dtype=float32", "dtype must be bfloat16 with --compile"),
-    ("--resume", "out/kmeans/ckpt.pt is not there")])
-def test_train_refuses_a_wrong_flag_and_leaves_no_run(flag, words, workdir):
-    assert words in refusal(run_train, *flag.split())
-    assert not list(Path(".").glob("out/*/ckpt.pt"))
+    assert done.stderr.splitlines()[-1].startswith(f"{script}.py: ") and words in done.stderr
+    assert "Traceback" not in done.stderr and not list(Path("out").glob("*/ckpt.pt"))
 
 
 @pytest.mark.parametrize("flag, words", [
@@ -1148,15 +1153,6 @@ def test_the_command_prepares_a_data_set_and_says_so_in_one_line(tmp_path, monke
     assert open_dataset(tmp_path / "data/mine", 8, 257).meta["dataset"] == str(tmp_path / "notes")
 
 
-@pytest.mark.parametrize("flags, part", [
-    ("--dataset=nowhere", "'nowhere'"), ("--dataset=", "''"),
-    ("--tokenizer=gpt5", "TIKTOKEN_CACHE_DIR"), ("--val_fraction=nan", "not nan"),
-    ("--data=stdlib", "--help"), ("--glob=*.md", "not a folder"),
-    ("--name=../x", "another --name"), ("--name=python", "another --name")])
-def test_prepare_data_refuses_a_wrong_flag(workdir, flags, part):
-    assert part in refusal(prepare_data.main, flags.split())
-
-
 @pytest.mark.parametrize("texts, part", [
     ({"a": "x"}, "too small to split"), ({"a": b"ok\n" * 50 + b"\xc3"}, "as UTF-8"),
     ({"a": b"\xff", "b": b"\xfe"}, "0 documents, 2 broken")])
@@ -1331,11 +1327,14 @@ def a_run(perplexity=4.0, seed=1, step=6, tokens=64, **settings):
             "tokens": tokens, "n_expert": 1, "settings": settings}
 
 
-def test_runs_that_differ_in_the_seed_alone_are_one_group_named_after_their_folder():
-    groups = analyze.group_runs({
-        "my-1": a_run(), "my-2": a_run(seed=2), "wide": a_run(top_k=4), "kmeans-1": a_run(
-            router="kmeans")})
-    assert [(g.label, len(g.runs)) for g in groups] == [("my", 2), ("wide", 1), ("kmeans-1", 1)]
+def test_runs_of_one_name_that_differ_in_the_seed_alone_are_one_group_and_no_copy_joins_it():
+    runs = {"my-1": a_run(), "my-2": a_run(seed=2), "wide": a_run(top_k=4), "edited-3": a_run(
+        seed=3), "my": a_run()}
+    assert [(group.label, [run["seed"] for run in group.runs])
+            for group in analyze.group_runs(runs)] == [
+                ("my-1,2", [1, 2]), ("wide", [1]), ("edited-3", [3]), ("my", [1])]
+    del runs["my"]
+    assert analyze.group_runs(runs)[0].label == "my"
 
 
 @pytest.mark.parametrize("change", [
@@ -1348,13 +1347,6 @@ def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(chan
     line = analyze.differing_settings(groups)
     assert f"{name} {value} (aux-2)" in line
     assert ("not comparable" in line) == (name == "val_sha256")
-
-
-def test_a_copied_run_and_one_called_otherwise_are_not_averaged_with_the_seeds_of_a_name():
-    runs = {"aux-1": a_run(), "edited-3": a_run(seed=3), "aux": a_run(), "aux-2": a_run(seed=2)}
-    assert [(group.label, [run["seed"] for run in group.runs])
-            for group in analyze.group_runs(runs)] == [
-                ("aux-1,2", [1, 2]), ("edited-3", [3]), ("aux", [1])]
 
 
 def test_edited_code_is_another_experiment_and_a_run_of_it_is_not_measured_without_a_word(
@@ -1625,15 +1617,6 @@ def test_broken_runs_get_a_sentence_each_and_the_others_are_done(workplace, tmp_
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["nowhere"], "no run is left"), (["--tokens=0"], "--tokens must be positive"),
-    (["--device=abacus"], "not a device"), (["--out_dir=/proc/x"], "/proc/x")])
-def test_a_users_mistake_is_a_sentence_and_exit_code_2(workplace, flags, sentence):
-    done = run_script("analyze.py", *flags, cwd=workplace)
-    assert done.returncode == 2
-    assert sentence in done.stderr and "Traceback" not in done.stderr
-
-
 def test_runs_of_the_same_name_are_told_apart_and_the_home_folder_is_found(
         workplace, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -1832,42 +1815,42 @@ def test_text_is_read_in_sequences_that_are_evenly_spaced(tmp_path):
     assert len(observe_hf(tmp_path, str(text), n_tokens=T).tokens) == 12
 
 
-def broken(folder, how):
-    if how != "nowhere":
-        save_hf(folder, make_hf({"dense": "llama", "unlike": "llama4_text"}.get(how, "olmoe"), **{
-            "dense": dict(intermediate_size=H), "single": dict(num_experts_per_tok=1),
-            "unlike": dict(num_local_experts=E, intermediate_size=H, intermediate_size_mlp=H)
-        }.get(how, {})))
-    weights = folder / "model.safetensors"
-    if how == "no tokenizer":
-        (folder / "tokenizer.json").unlink()
-        (folder / "tokenizer_config.json").unlink()
-    if how == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-999])
-    if how == "incomplete":
-        from safetensors.torch import load_file, save_file
-        state = load_file(weights)
-        del state["model.layers.1.mlp.gate.weight"]
-        save_file(state, weights, {"format": "pt"})
+def without_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
 
 
-@pytest.mark.parametrize("how, sentence", {
-    "nowhere": "no model and tokenizer that transformers can load .OSError",
-    "no tokenizer": "there is no vocabulary",
-    "dense": r"it has no mixture of experts .*gate_up_proj \(E, 2H, C\)",
-    "unlike": "its experts are not called with hidden states",
-    "single": "it has one expert a token",
-    "truncated": "transformers can load .SafetensorError",
-    "incomplete": "weights are missing, such as model.layers.1.mlp.gate.weight",
-    "alone": "pip install transformers"}.items())
+def without_a_router(folder):
+    from safetensors.torch import load_file, save_file
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.1.mlp.gate.weight"]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("kind, changes, damage, sentence", [
+    ("olmoe", {}, shutil.rmtree, "no model and tokenizer that transformers can load .OSError"),
+    ("olmoe", {}, without_tokenizer, "there is no vocabulary"),
+    ("olmoe", {}, without_a_router, "are missing, such as model.layers.1.mlp.gate.weight"),
+    ("olmoe", {}, lambda folder: os.truncate(folder / "model.safetensors", 9999),
+     "transformers can load .SafetensorError"),
+    ("olmoe", {"num_experts_per_tok": 1}, None, "it has one expert a token"),
+    ("llama", {"intermediate_size": H}, None, r"no mixture of .*gate_up_proj \(E, 2H, C\)"),
+    ("llama4_text", {"num_local_experts": E, "intermediate_size": H, "intermediate_size_mlp": H},
+     None, "its experts are not called with hidden states")])
 @NEEDS_TRANSFORMERS
-def test_what_is_no_whole_mixture_of_experts_is_one_sentence(how, sentence, tmp_path, monkeypatch):
-    broken(tmp_path / "model", how)
-    if how == "alone":
-        monkeypatch.setitem(sys.modules, "transformers", None)
+def test_what_is_no_whole_mixture_of_experts_is_one_sentence(
+        kind, changes, damage, sentence, tmp_path):
+    save_hf(tmp_path / "model", make_hf(kind, **changes))
+    if damage:
+        damage(tmp_path / "model")
     with pytest.raises(ValueError, match=sentence) as caught:
         observe_hf(tmp_path / "model")
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_without_transformers_a_sentence_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install transformers" in refusal(observe_hf, "model")
 
 
 @NEEDS_TRANSFORMERS

@@ -129,10 +129,11 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
                             **kind)
 
     # parsed twice: to find the preset or the checkpoint, then with its settings as the defaults
-    named, loaded = parser.parse_args([flag for flag in argv if flag not in ("-h", "--help")]), None
+    named = parser.parse_args([flag for flag in argv if flag not in ("-h", "--help")])
     if named.config not in PRESETS:
         raise ValueError(f"config must be one of {', '.join(PRESETS)}, not {named.config!r}.")
     parser.set_defaults(**PRESETS[named.config])
+    loaded = None
     if named.resume:
         out_dir = os.path.expanduser(named.out_dir or f"out/{named.router}")
         loaded = load_checkpoint(Path(out_dir, "ckpt.pt"))
@@ -150,7 +151,8 @@ def check_resume(checkpoint: dict, c: TrainConfig) -> None:
     that make a difference are allowed: of max_iters (it stretches the cosine of the learning rate)
     and of the code. Appends to the checkpoint's history [step of the change, what, the old
     value]."""
-    old, step = checkpoint["config"], checkpoint["step"]
+    old = checkpoint["config"]
+    step = checkpoint["step"]
     for name in sorted(old.keys() & vars(c).keys() - INCIDENTAL - {"max_iters"}):
         if old[name] != getattr(c, name):
             raise ValueError(f"the run in {c.out_dir} was trained with {name} = {old[name]!r} and "
@@ -400,7 +402,8 @@ def bench(c: TrainConfig) -> None:
 
     torch.manual_seed(c.seed)
     model = SMoETransformer(c).to(device)
-    run, optimizer = compiled(model) if c.compile else model, make_optimizer(model, c)
+    run = compiled(model) if c.compile else model
+    optimizer = make_optimizer(model, c)
     batches = list(torch.randint(c.vocab_size, device=device, size=(
         c.gradient_accumulation_steps, 2, c.batch_size, c.block_size)))
     step = lambda: train_step(run, model.routers(), optimizer, batches, autocast, c)
@@ -417,7 +420,8 @@ def bench(c: TrainConfig) -> None:
     dense = 2 * n**3 / seconds(lambda: a @ b)
 
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
-    flops, peak = tokens * model.flops_per_token() / t, peak_flops(device, dtype)
+    flops = tokens * model.flops_per_token() / t
+    peak = peak_flops(device, dtype)
     n_total, n_active = model.num_params()
     print(f"{hardware}, torch {torch.__version__}, {dtype}{', compiled' if c.compile else ''}")
     print(f"{c.config}, {c.router}: {n_total / 1e6:.1f}M parameters, {n_active / 1e6:.1f}M active, "
@@ -457,7 +461,8 @@ def finish(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
         start = torch.from_numpy(data.val[:min(100, c.block_size)].astype("int64"))     # (n)
         with autocast:
             idx = model.generate(start[None].to(model.head.weight.device), 256, temperature=0.8)
-        rule, ids = "-" * 30, idx[0].tolist()
+        ids = idx[0].tolist()
+        rule = "-" * 30
         print(f"{rule} validation text {rule}\n{printable(tokenizer, ids[:len(start)])}\n"
               f"{rule} the model goes on {rule}\n{printable(tokenizer, ids[len(start):])}\n"
               f"{'-' * 80}")
