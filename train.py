@@ -9,7 +9,6 @@
 Every field of TrainConfig below is a flag: --name=value. A run writes out/<run>/log.jsonl and
 out/<run>/ckpt.pt; Ctrl-C and SIGTERM finish the step and save."""
 import argparse
-import ctypes
 import inspect
 import json
 import math
@@ -192,8 +191,6 @@ def set_up(c: TrainConfig) -> Machine:
             raise ValueError(f"device {device} is not there: torch {torch.__version__} sees "
                              f"{torch.cuda.device_count()} CUDA devices; pass --device=cpu.")
         torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
     bfloat16 = c.dtype == "bfloat16" or c.dtype == "auto" and (device.type == "cuda" or c.compile)
     if world_size > 1:  # nccl for gradients; gloo for Ctrl-C, which main() sums as a CPU tensor
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -206,15 +203,6 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-def keep_freed_memory() -> None:
-    """glibc: keep freed memory; else each step hands it to the kernel and gets it back zeroed, page
-    by page (docs/speed.md)."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD and
-        libc.mallopt(-3, 2**25)      # M_MMAP_THRESHOLD in malloc.h
 
 
 def compiled(model: torch.nn.Module):
