@@ -40,7 +40,7 @@ from prepare_data import (
     visible)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
-# goes into every metrics.json: numbers by other formulas are another group
+# goes into every metrics.json: numbers by different formulas are not averaged
 MEASURED_BY = {"analyze_sha256": hashlib.sha256(
     CODE + Path(__file__).read_bytes()).hexdigest()}
 
@@ -56,7 +56,7 @@ class Layer(NamedTuple):
     depth: int            # its block's place in the model
     directions: Tensor    # (E, C) router rows or centroids
     w_gate: Tensor        # (E, H, C)
-    w_up: Tensor | None   # (E, H, C); None: what the experts make of it is not known
+    w_up: Tensor | None   # (E, H, C); None with --hf, whose activation function is not known
     b_gate: Tensor | None  # (E, H) is added to W_gate x
     x: Tensor             # (N, C) hidden states
     scores: Tensor        # (N, E) of every expert for every token, before any selection bias
@@ -82,7 +82,8 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         key: str(checkpoint[key]) for key in (
             "data_sha256", "val_sha256", "code_sha256", "history")}
     data = open_dataset(Path("data", settings["dataset"]), c.block_size, c.vocab_size)
-    # the text of the metrics; val_sha256: of the perplexity. Both must be equal within a group
+    # of the text that the model is seen at work on; val_sha256: of that of its perplexity. Runs are
+    # averaged over seeds only if both are equal
     settings["seen_sha256"] = data.meta["sha256"]["val.bin"]
     if data.meta["sha256"]["train.bin"] != settings["data_sha256"]:
         warn(f"data/{settings['dataset']} is not the data that {folder} was trained on: it may "
@@ -135,7 +136,7 @@ def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
 def gradient_shares(model, idx: Tensor, targets: Tensor) -> Tensor:
     """One batch (B, T) -> (n_layer): how much of the gradient at the router's logits, of loss +
     aux_loss, is on experts that the token does not go to; nan where no gradient moves the router.
-    Source: unrouted_gradient_share, below."""
+    The formula: unrouted_gradient_share, below."""
     with watch(model) as seen:
         _, loss, aux_loss = model(idx, targets)
     routings = [layer[0][1] for layer in seen]
@@ -188,9 +189,9 @@ def find_mixtures(model) -> list[Mixture]:
 
 
 def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
-    """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E): softmax or
-    sigmoid, by which of them the gates, normalised over the selected, come. Raises ValueError if by
-    neither, or if K = 1: normalised, a single gate is always 1."""
+    """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E): the softmax
+    or the sigmoid of the logits, whichever gives these gates, both normalised over the selected.
+    Raises ValueError if neither does, or if K = 1: normalised, a single gate is always 1."""
     def misfit(scores):  # (N, E) -> ()
         expected = F.normalize(scores.gather(1, indices), p=1.0, dim=1)  # (N, K)
         return (F.normalize(gates, p=1.0, dim=1) - expected).abs().mean()
@@ -362,11 +363,11 @@ def entropy(counts: Tensor) -> Tensor:
 
 
 def token_information(tokens: Tensor, experts: Tensor, E: int) -> Tensor:
-    """tokens, experts (N) -> their mutual information in bits, H(token) + H(expert) - H(both). At
-    most H(expert); 0 for a router that does not look at the token. Counts of N tokens show some
-    information even where there is none; the same computation on shuffled experts estimates how
-    much, and is subtracted. With many rare ids (N not far above V * E) this takes away too much:
-    compare results of one vocabulary and N alone."""
+    """tokens, experts (N) -> their mutual information in bits, entropy(token) + entropy(expert) -
+    entropy(both). At most entropy(expert); 0 for a router that does not look at the token. Counts
+    of N tokens show some information even where there is none; the same computation on shuffled
+    experts estimates how much, and is subtracted. With many rare ids (N not far above V * E) this
+    takes away too much: compare results of one vocabulary and N alone."""
     shuffle = torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
 
     def information(experts):

@@ -109,9 +109,9 @@ def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
 
 class Experts(torch.autograd.Function):
     """The definition without the loop, and with its backward pass written out, for two reasons: it
-    shows the coupling, the claim of this project, and of the activations it saves only x, a and b,
-    where autograd would keep more for the same gradients. (The K copies of x are gathered again:
-    the idea of SonicMoE, arXiv 2512.14080.)
+    shows the coupling, the claim of this project, and of the large activations it saves only x, a
+    and b, where autograd would keep more for the same gradients. (The K copies of x are gathered
+    again: the idea of SonicMoE, arXiv 2512.14080.)
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
     float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
@@ -280,7 +280,7 @@ class SMoETransformer(nn.Module):
                 scale = (2 * self.config.n_layer) ** -0.5 if residual else 1.0
                 nn.init.normal_(p, std=0.02 * scale)
         for router in self.routers():
-            # in a router of yours, derived from it, they may have their values already
+            # a router of your own, derived from KMeansRouter, may have set its centroids already
             if isinstance(router, KMeansRouter) and not router.centroids.any():
                 direction = F.normalize(torch.randn_like(router.centroids), dim=-1)        # (E, C)
                 router.centroids.copy_(direction * self.config.n_embd ** 0.5)
@@ -339,8 +339,8 @@ class SMoETransformer(nn.Module):
         return idx
 
     def num_params(self) -> tuple[int, int]:
-        """(all parameters, those that one token uses: all but the E - K experts it does not
-        visit)."""
+        """-> the number of all parameters, and of those that one token uses: without the E - K
+        experts of each layer that it does not visit."""
         c = self.config
         total = sum(p.numel() for p in self.parameters())
         return total, total - c.n_layer * (c.n_expert - c.top_k) * 3 * c.n_embd * c.d_expert
@@ -438,7 +438,7 @@ def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor | None = None,
                        b_gate: Tensor | None = None) -> Tensor:
     """How strongly every expert reacts to every token, chosen or not: norms over the H neurons.
 
-        a_ti = ||W_gate_i x_t||,   ||silu(W_gate_i x_t)||,   ||silu(W_gate_i x_t) * (W_up_i x_t)||
+        ||W_gate_i x_t||,   ||silu(W_gate_i x_t)||,   ||silu(W_gate_i x_t) * (W_up_i x_t)||
 
     x (N, C), w_gate, w_up (E, H, C) -> (3, N, E), or (1, N, E) of the first alone without w_up.
     b_gate (E, H), if any, adds to W_gate x. One expert at a time, as all would be N * E * H
@@ -456,7 +456,7 @@ def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor | None = None,
 def spearman(a: Tensor, b: Tensor) -> Tensor:
     """a, b (N, E) -> (E): for each column the Pearson correlation over N of the ranks of a and b;
     nan for a constant. Equal values share the mean of their ranks."""
-    def ranks(values):  # less their mean
+    def centred_ranks(values):
         columns = values.t().contiguous()                                # (E, N)
         ordered = columns.sort(dim=-1).values
         smaller = torch.searchsorted(ordered, columns)                   # (E, N)
@@ -464,7 +464,7 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
         ranks = (smaller + not_larger).double() / 2
         return ranks - ranks.mean(-1, keepdim=True)
 
-    a, b = ranks(a), ranks(b)
+    a, b = centred_ranks(a), centred_ranks(b)
     return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
 
 
@@ -481,8 +481,8 @@ CODE = b"".join(file.read_bytes() for file in FILES if file.exists())  # as it w
 
 def own_code(router: str) -> dict[str, bytes]:
     """{module: its source} of your code in a run: the modules that define the router or one of its
-    base classes, and those from which a function, class or method of FILES was replaced, as by
-    train.learning_rate = my_rate or SMoE.forward = my_forward."""
+    base classes, and those that define what has replaced a function, class or method of FILES, as
+    after train.learning_rate = my_rate or SMoE.forward = my_forward."""
     def file_of(module):
         return Path(getattr(sys.modules.get(module), "__file__", None) or "").resolve()
 
@@ -512,8 +512,8 @@ def code_sha256(router: str) -> str:
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     """-> (the trained model, on the CPU; what train.save_checkpoint wrote). The file is mapped:
-    what you do not touch, as the optimizer's state, costs no memory. Says so on stderr if other
-    code has trained it. Raises ValueError for a missing, damaged or foreign file."""
+    what you do not touch, as the optimizer's state, costs no memory. Warns on stderr if other code
+    has trained the model. Raises ValueError for a missing, damaged or foreign file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         checkpoint["code_sha256"], checkpoint["history"]  # KeyError if one is missing
@@ -562,7 +562,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, as out/kmeans")
     parser.add_argument("--start", default="def ", help="what to go on with (default: 'def ')")
     parser.add_argument("--tokens", type=int, default=400, help="how many (default: 400)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (0.8)")
+    parser.add_argument("--temperature", type=float, default=0.8,
+                        help="0: always the likeliest token (default: 0.8)")
     parser.add_argument("--layer", type=int, help="whose experts (default: the middle layer)")
     args = parser.parse_args(argv)
     model, checkpoint = load_checkpoint(args.run.expanduser() / "ckpt.pt")
@@ -576,7 +577,8 @@ def main(argv: list[str]) -> None:
     if not sys.stdout.isatty():
         return print(args.start, printable(tokenizer, ids[len(start):]), sep=" | ")
     with torch.no_grad(), watch(model.eval()) as seen:
-        # windows that begin anew: beyond block_size tokens not quite what the model saw as it wrote
+        # read again for the colours, in separate windows: beyond block_size tokens, with less
+        # context than the model had as it wrote
         for window in idx.split(model.config.block_size, dim=1):
             model(window)
     experts = torch.cat([routing.indices[:, 0] for _, routing in seen[layer]])      # (n)

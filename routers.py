@@ -132,7 +132,8 @@ class LearnedRouter(Router):
     The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) has nothing to do with balance: it pulls
     logsumexp(z) to 0. Its gradient at z_i is in proportion to logsumexp(z) softmax(z)_i, of one
     sign for all i: a token moves all rows along x the same way. With softmax scores, the gradients
-    of the language-model loss and of AuxLossRouter's sum to 0 over i: the sum of the rows stays."""
+    of the two other losses, the language model's and that of AuxLossRouter, each sum to 0 over i:
+    plain gradient descent on them leaves the sum of the rows where it was."""
 
     def __init__(self, config):
         super().__init__(config)

@@ -61,7 +61,7 @@ class TrainConfig(Config):
     max_iters: int = 1200                 # optimizer steps
     eval_interval: int = 200              # steps from one evaluation and checkpoint to the next
     eval_tokens: int = 16384              # validation tokens in an evaluation, always the same ones
-    final_eval_tokens: int = 524288       # in the last evaluation; stdlib has 420k: all of them
+    final_eval_tokens: int = 524288       # those in the last one; stdlib has 420k: all of them
     log_interval: int = 10                # steps from one line of the log to the next
     learning_rate: float = 1e-3           # after the warm-up; a cosine takes it down to a tenth
     warmup_iters: int = 100               # steps of linear warm-up; at most half of all steps
@@ -146,10 +146,9 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
 
 
 def check_resume(checkpoint: dict, c: TrainConfig) -> None:
-    """A run keeps its settings, or it would be another one: else raises ValueError. Two changes
-    that make a difference are allowed: of max_iters (it stretches the cosine of the learning rate)
-    and of the code. Appends to the checkpoint's history [step of the change, what, the old
-    value]."""
+    """Raises ValueError if a setting has changed: it would be another run. Two changes that make a
+    difference are allowed: of max_iters (it stretches the cosine of the learning rate) and of the
+    code. Appends them to the checkpoint's history, as [step of the change, what, the old value]."""
     old = checkpoint["config"]
     step = checkpoint["step"]
     for name in sorted(old.keys() & vars(c).keys() - INCIDENTAL - {"max_iters"}):
