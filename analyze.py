@@ -33,16 +33,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    CODE, INCIDENTAL, expert_activations, expert_colors, load_balance, load_checkpoint, perplexity,
-    read_log, router_cosines, router_similarity, spearman, validate, watch)
+    INCIDENTAL, code_sha256, expert_activations, expert_colors, load_balance, load_checkpoint,
+    perplexity, read_log, router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable, unused,
     visible)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
-# goes into every metrics.json: numbers by different formulas are not averaged
-MEASURED_BY = {"analyze_sha256": hashlib.sha256(
-    CODE + Path(__file__).read_bytes()).hexdigest()}
+CODE = Path(__file__).read_bytes()  # as it was imported
+
+
+def analyze_sha256(router: str) -> str:
+    """Of all code that a measurement depends on: numbers of different code are not averaged."""
+    return hashlib.sha256(CODE + code_sha256(router).encode()).hexdigest()
 
 
 def warn(sentence: str) -> None:
@@ -78,9 +81,11 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
     step, evaluation = checkpoint["step"], checkpoint["evaluation"]
-    settings = checkpoint["config"] | MEASURED_BY | {  # history: what a --resume has changed
-        key: str(checkpoint[key]) for key in (
+    settings = checkpoint["config"] | {"analyze_sha256": analyze_sha256(c.router)} | {
+        key: str(checkpoint[key]) for key in (  # history: what a --resume has changed
             "data_sha256", "val_sha256", "code_sha256", "history")}
+    log = [record for record in read_log(folder / "log.jsonl")
+           if "val_loss" in record and record["step"] <= step]
     data = open_dataset(Path("data", settings["dataset"]), c.block_size, c.vocab_size)
     # of the text that the model is seen at work on; val_sha256: of that of its perplexity. Runs are
     # averaged over seeds only if both are equal
@@ -99,8 +104,6 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         evaluation = {"val_loss": loss / n, "val_tokens": n, "load": load}
         settings["val_sha256"] = settings["seen_sha256"]
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
-    log = [record for record in read_log(folder / "log.jsonl")
-           if "val_loss" in record and record["step"] <= step]
     about = {
         "router": c.router, "seed": settings["seed"], "step": step, "settings": settings,
         "perplexity": perplexity(evaluation["val_loss"]), "val_tokens": evaluation["val_tokens"],
@@ -288,8 +291,9 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
         return visible(text) or f"<{token}>"
 
     (E, H, C), K = mixtures[0].w_gate.shape, layers[0].indices.shape[1]
-    settings = MEASURED_BY | {
-        "router": c.model_type, "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
+    settings = {
+        "analyze_sha256": analyze_sha256("none"), "router": c.model_type,
+        "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
         "dtype": str(model.dtype).removeprefix("torch."), "n_embd": C, "n_expert": E, "top_k": K,
         "d_expert": H, "block_size": ids.shape[1] - 1,
         "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
@@ -931,7 +935,8 @@ def main(argv: list[str]) -> None:
     print(markdown_table([(name, [run]) for name, run in runs.items()]
                          + [(f"{group.label}, mean ± Std over seeds", group.runs)
                             for group in several]))
-    print("", differing_settings(groups), *paired_differences(groups), sep="\n\n")
+    if len(groups) > 1:
+        print("", differing_settings(groups), *paired_differences(groups), sep="\n\n")
     try:
         figures = draw_figures(groups, path.parent)
     except ImportError:

@@ -20,6 +20,7 @@ import sys
 import textwrap
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -159,8 +160,8 @@ class Experts(torch.autograd.Function):
         dw_gate = weight_gradient(da, xs, ends)                          # (E, H, C)
         dw_up = weight_gradient(db, xs, ends)                            # (E, H, C)
         dw_down = weight_gradient(dys, gate * h, ends)                   # (E, C, H)
-        dx = grouped_mm(da, w_gate, offs=ends)[inverse].sum(1, dtype=x.dtype)  # (N, C)
-        dx = dx + grouped_mm(db, w_up, offs=ends)[inverse].sum(1, dtype=x.dtype)
+        dx = grouped_mm(da, w_gate, offs=ends)[inverse].sum(1)           # (N, C)
+        dx = dx + grouped_mm(db, w_up, offs=ends)[inverse].sum(1)
         return dx, dgates, dw_gate, dw_up, dw_down, None, None, None
 
 
@@ -479,29 +480,37 @@ FILES = [Path(__file__).resolve().with_name(f"{name}.py")
 CODE = b"".join(file.read_bytes() for file in FILES if file.exists())  # as it was imported
 
 
+def file_of(module: str) -> Path:
+    """Of a module by its name; of one without a file, as a notebook, the current folder."""
+    return Path(getattr(sys.modules.get(module), "__file__", None) or "").resolve()
+
+
+@cache  # as it was when the class or function was first looked at: the file may be edited later
+def source_of(part) -> bytes:
+    if file_of(part.__module__).is_file():
+        return file_of(part.__module__).read_bytes()
+    try:
+        return inspect.getsource(part).encode()  # a notebook keeps that of its cells
+    except (OSError, TypeError):  # an interactive Python does not
+        return b""
+
+
 def own_code(router: str) -> dict[str, bytes]:
     """{module: its source} of your code in a run: the modules that define the router or one of its
     base classes, and those that define what has replaced a function, class or method of FILES, as
     after train.learning_rate = my_rate or SMoE.forward = my_forward."""
-    def file_of(module):
-        return Path(getattr(sys.modules.get(module), "__file__", None) or "").resolve()
-
     parts, own = list(ROUTERS[router].__mro__), {}
-    for name in [name for name in list(sys.modules) if file_of(name) in FILES]:
-        parts += vars(sys.modules[name]).values()
+    for module in [name for name in list(sys.modules) if file_of(name) in FILES]:
+        parts += vars(sys.modules[module]).values()
     for cls in filter(inspect.isclass, list(parts)):
-        parts += [getattr(part, "fget", part) for part in vars(cls).values()]  # of a property
+        parts += [getattr(member, "fget", member) for member in vars(cls).values()]  # of a property
     for part in parts:
         name = getattr(part, "__module__", None) or "builtins"
         file = file_of(name)
         library = name.split(".")[0] in sys.stdlib_module_names or "-packages/" in file.as_posix()
-        if library or file in FILES:
-            continue
-        if file.is_file():
-            own[name] = file.read_bytes()
-        elif name in sys.modules:
-            with suppress(OSError, TypeError):  # a notebook keeps its cells' source, a shell not
-                own[name] = own.get(name, b"") + inspect.getsource(part).encode()
+        if name in sys.modules and not library and file not in FILES:
+            source, known = source_of(part), own.get(name, b"")
+            own[name] = known if source in known else known + source
     return own
 
 

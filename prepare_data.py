@@ -5,7 +5,7 @@
     python prepare_data.py --dataset=notes --glob='*.md' --name=md  # a folder of texts -> data/md
 
 writes data/<name>/train.bin and val.bin (token ids, little-endian) and meta.json (what they are).
-A corpus flows through in pieces of text, so memory stays bounded however large it is."""
+A corpus flows through in pieces of text, so memory does not grow with the length of the texts."""
 import argparse
 import hashlib
 import json
@@ -213,7 +213,8 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
             max_tokens=None, data_root="data"):
     """Writes <data_root>/<name>/: train.bin, val.bin and meta.json, all or none, and only where
     nothing is yet; same input, same bytes. Prints one line, returns the Path. The arguments are
-    the flags that --help explains. ValueError: a user's mistake; OSError: a full disk."""
+    the flags that --help explains, and data_root. ValueError: a user's mistake; OSError: a full
+    disk."""
     if not 0 < val_fraction < 1 or max_tokens is not None and max_tokens < 2:
         raise ValueError("val_fraction must be between 0 and 1, max_tokens at least 2 (one for "
                          f"each split), not {val_fraction} and {max_tokens}.")
@@ -240,8 +241,8 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
                     **about}
             (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
             summary = (f"{meta['n_train']:,} train and {meta['n_val']:,} val tokens of "
-                       f"{counts['documents']:,} documents, {counts['broken']:,} broken and "
-                       f"{counts['duplicate']:,} duplicate files left out")
+                       f"{counts['documents']:,} documents; left out: {counts['broken']:,} broken "
+                       f"files and {counts['duplicate']:,} duplicate documents")
             if not (meta["n_train"] and meta["n_val"]):
                 raise ValueError(f"{dataset} is too small to split: it makes {summary}; give more "
                                  "text, or join it into one file.")

@@ -90,7 +90,7 @@ def test_for_one_token_router_rows_and_neuron_rows_have_gradients_along_the_toke
         assert weight.grad[others].abs().max() == 0
 
 
-def test_only_the_auxiliary_loss_sends_a_gradient_to_rows_that_were_not_selected():
+def test_the_auxiliary_loss_sends_a_gradient_to_rows_that_were_not_selected():
     moe, x = make_layer(router="aux"), torch.randn(1, 32)
     routing = moe.router(x)
     routing.aux_loss.backward()
@@ -104,7 +104,7 @@ def gradient_at_logits(loss, routing):
     return torch.autograd.grad(loss, routing.logits)[0]
 
 
-def test_language_model_and_switch_loss_push_the_rows_apart_and_only_the_z_loss_pushes_all_alike():
+def test_gradients_of_language_model_and_switch_loss_sum_to_0_over_experts_and_that_of_the_z_loss_not():
     """For each token: the sum over experts of the gradient at the logits, the common mode."""
     x, aux = torch.randn(50, 32), make_layer(router="aux", aux_loss_coef=1.0).router
     routing = aux(x)
@@ -633,6 +633,17 @@ def test_a_run_that_goes_on_beyond_its_plan_says_so_and_keeps_its_first_result(w
     assert checkpoint_of("out/a/step-3")["evaluation"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_a_resumed_run_lets_go_of_the_checkpoint_that_it_will_replace(workdir):
+    run_train("--out_dir=out/a", "--max_iters=3")
+    c, loaded = train.parse_args(["--out_dir=out/a", "--resume", "--max_iters=6"])
+    data = open_dataset("data/toy", c.block_size, c.vocab_size)
+    running = train.restore(loaded, data, torch.device("cpu"), c)
+    assert running[2] == 3 and "ckpt.pt" in Path("/proc/self/maps").read_text()
+    del loaded
+    assert "ckpt.pt" not in Path("/proc/self/maps").read_text()
+
+
 def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(workdir):
     run_train("--out_dir=out/a", "--max_iters=3")
     done = python("-c", """
@@ -994,7 +1005,7 @@ def test_documents_come_back_whole_each_ends_with_endoftext_and_broken_or_double
         "copy.txt": texts["003.txt"], "empty.txt": ""}, val_fraction=0.2)
     assert sorted(documents(out, "train", "val")) == sorted(texts.values())
     assert all(np.fromfile(out / f"{s}.bin", "<u2")[-1] == EOT for s in ("train", "val"))
-    assert "40 documents, 2 broken and 1 duplicate" in capsys.readouterr().out
+    assert "40 documents; left out: 2 broken files and 1 dup" in capsys.readouterr().out
 
 
 def test_the_content_of_a_document_alone_decides_its_split(tmp_path):
@@ -1155,7 +1166,7 @@ def test_the_command_prepares_a_data_set_and_says_so_in_one_line(tmp_path, monke
 
 @pytest.mark.parametrize("texts, part", [
     ({"a": "x"}, "too small to split"), ({"a": b"ok\n" * 50 + b"\xc3"}, "as UTF-8"),
-    ({"a": b"\xff", "b": b"\xfe"}, "0 documents, 2 broken")])
+    ({"a": b"\xff", "b": b"\xfe"}, "0 documents; left out: 2 broken")])
 def test_texts_that_make_no_two_splits_are_refused(tmp_path, texts, part):
     assert part in refusal(prepared, tmp_path, texts)
     assert not os.listdir(tmp_path / "data")
@@ -1368,15 +1379,19 @@ def test_edited_code_is_another_experiment_and_a_run_of_it_is_not_measured_witho
 
 def test_a_run_knows_the_code_of_its_own_router_and_base_classes_and_of_no_other_router(
         tmp_path, monkeypatch):
-    base = type("Base", (ROUTERS["aux"],), {"__module__": "mine", "gate": lambda self, x: x})
-    monkeypatch.setitem(ROUTERS, "own", type("Own", (base,), {"__module__": "elsewhere"}))
     monkeypatch.setitem(sys.modules, "elsewhere", SimpleNamespace())  # as in a notebook
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(__file__=tmp_path / "mine.py"))
     hashes = set()
     for text in ("# one", "# two"):
         (tmp_path / "mine.py").write_text(text)
+        base = type("Base", (ROUTERS["aux"],), {"__module__": "mine", "gate": lambda self, x: x})
+        monkeypatch.setitem(ROUTERS, "own", type("Own", (base,), {"__module__": "elsewhere"}))
         hashes |= {model.code_sha256("own"), model.code_sha256("aux")}
+        # edited in a session that goes on with what it has imported
+        (tmp_path / "mine.py").write_text("# later")
+        assert model.code_sha256("own") in hashes
     assert len(hashes) == 3
+    assert analyze.analyze_sha256("own") != analyze.analyze_sha256("aux")
 
 
 @pytest.mark.parametrize("place, name", [
@@ -1858,7 +1873,8 @@ def test_models_are_analysed_alone_and_beside_runs_and_a_bad_one_spoils_no_other
         workdir, capsys):
     models = [save_hf(workdir / kind, make_hf(kind)) for kind in ("olmoe", "gpt_oss")]
     flags = [f"--hf={folder}" for folder in (*models, workdir / "nowhere")]
-    flags += [f"--text={TEXT}", "--tokens=64", "--dtype=float32", "--device=cpu"]
+    Path("text.txt").write_text("without the end of a line " * 100)
+    flags += ["--text=text.txt", "--tokens=64", "--dtype=float32", "--device=cpu"]
     analyze.main(flags)
     out, err = capsys.readouterr()
     assert "| olmoe | olmoe | – | – |" in out and "| gpt_oss | gpt_oss |" in out
@@ -1868,7 +1884,7 @@ def test_models_are_analysed_alone_and_beside_runs_and_a_bad_one_spoils_no_other
     runs = json.loads((workdir / "out/analysis/metrics.json").read_text())
     assert list(runs) == ["aux-1", "olmoe"] and runs["olmoe"]["coupling_spearman"] is not None
     assert runs["olmoe"].get("coupling_spearman_swiglu") is None and not runs["olmoe"]["log"]
-    # sequences of 16 bytes hold no line of text to show
+    # no line of text to show, in the run neither: sequences of 16 bytes
     drawn = {path.name for path in (workdir / "out/analysis").glob("*.png")}
     assert drawn == set(analyze.FIGURES) - {"experts.png"}
     assert set(json.loads(Path("out/analysis/metrics.old-1.json").read_text())) == {

@@ -9,6 +9,7 @@
 Every field of TrainConfig below is a flag: --name=value. A run writes out/<run>/log.jsonl and
 out/<run>/ckpt.pt; Ctrl-C and SIGTERM finish the step and save."""
 import argparse
+import copy
 import inspect
 import json
 import math
@@ -82,7 +83,8 @@ class TrainConfig(Config):
         for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval",
                      "eval_tokens", "final_eval_tokens", "log_interval", "learning_rate"):
             self.check(getattr(self, name) > 0, name, "positive")
-        self.check(self.seed >= 0, "seed", "0 or more")
+        for name in ("seed", "warmup_iters", "grad_clip"):
+            self.check(getattr(self, name) >= 0, name, "0 or more")
         self.check(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), "device",
                    "auto, cpu, cuda or cuda:N")
         self.check(self.dtype in ("auto", "float32", "bfloat16"), "dtype",
@@ -124,8 +126,8 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
     for field in fields(TrainConfig):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
             "type": field.type, "metavar": field.type.__name__}
-        parser.add_argument(f"--{field.name}", default=field.default, help=comments[field.name],
-                            **kind)
+        parser.add_argument(f"--{field.name}", default=field.default, **kind,
+                            help=comments.get(field.name, "has no comment in its class"))
 
     # parsed twice: to find the preset or the checkpoint, then with its settings as the defaults
     named = parser.parse_args([flag for flag in argv if flag not in ("-h", "--help")])
@@ -137,7 +139,7 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
         out_dir = os.path.expanduser(named.out_dir or f"out/{named.router}")
         loaded = load_checkpoint(Path(out_dir, "ckpt.pt"))
         parser.set_defaults(**{  # but for settings that you have removed from the code since
-            name: value for name, value in loaded[1]["config"].items() if name in comments}
+            name: value for name, value in loaded[1]["config"].items() if name in vars(named)}
             | {"out_dir": out_dir})
     c = TrainConfig(**vars(parser.parse_args(argv)))
     if loaded:
@@ -286,12 +288,13 @@ def claim(out_dir: Path, c: TrainConfig):
                          "which renames that folder, or another --out_dir.")
     out_dir.mkdir(parents=True, exist_ok=True)
     file = lock(out_dir)  # before the folder is renamed: a run may be in it
-    if not (names and c.overwrite):
-        return file
-    old = unused(out_dir.parent, f"{out_dir.name}.old")
-    out_dir.rename(old)
-    print(f"The run in {out_dir} is now in {old}.")
-    return claim(out_dir, c)  # of the new folder: the lock went along with the old one
+    if names and c.overwrite:
+        old = unused(out_dir.parent, f"{out_dir.name}.old")
+        out_dir.rename(old)  # the lock goes along
+        print(f"The run in {out_dir} is now in {old}.")
+        out_dir.mkdir(exist_ok=True)
+        file = lock(out_dir)
+    return file
 
 
 def open_data(c: TrainConfig, machine: Machine):
@@ -481,7 +484,7 @@ def restore(loaded: tuple, data, device, c: TrainConfig) -> tuple:
         raise ValueError(f"data/{c.dataset} is not the data that the run in {c.out_dir} was "
                          "trained on; prepare that again, or start another run.")
     optimizer = make_optimizer(model, c)
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))  # it keeps what it is given
     torch.set_rng_state(checkpoint["rng"])  # for the sample at the end: batches do not need it
     return model, optimizer, checkpoint["step"]
 
@@ -518,7 +521,7 @@ def main(argv: list[str]) -> None:
         metrics, _ = evaluate(raw_model, data, c.eval_tokens, machine, c)
         records = [{"step": 0} | dict.fromkeys(
             ("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu")) | metrics]
-    loaded = None  # closes the mapped file: else the next save would not free its place on the disk
+    loaded = None  # closes the mapped file: else it would keep its place on the disk when replaced
     if master:
         write_log(log_path, records, anew=True)
     model = compiled(raw_model) if c.compile else raw_model
