@@ -731,31 +731,20 @@ def draw_training(fig, groups) -> None:
     groups = [group for group in groups if all(run["log"] for run in group.runs)]
     if not groups:
         return
-    (a, b), (c, d) = fig.subplots(2, 2)
+    left, middle, right = fig.subplots(1, 3)
     for group in groups:
-        for ax, key in ((a, "perplexity"), (d, "coupling_spearman")):
-            draw_curves(ax, group, [curve(run, key) for run in group.runs])
-        draw_curves(c, group, [{step: std * run["n_expert"] for step, std in curve(
+        draw_curves(left, group, [curve(run, "perplexity") for run in group.runs])
+        draw_curves(middle, group, [{step: std * run["n_expert"] for step, std in curve(
             run, "load_std").items()} for run in group.runs])
-    base = next((group for group in groups if group.runs[0]["router"] == "lossfree"), groups[0])
-    equal = ("seed", "val_sha256", "block_size", "eval_tokens", "batch_size",
-             "gradient_accumulation_steps")  # where losses are comparable
-    for group in groups:
-        pairs = [(curve(run, "val_loss"), curve(other, "val_loss"))
-                 for run in group.runs for other in base.runs
-                 if all(run["settings"][key] == other["settings"][key] for key in equal)]
-        if pairs:  # after step 0, where all of them guess
-            draw_curves(b, group, [{step: mine[step] - other[step] for step in mine
-                                    if step in other and step} for mine, other in pairs])
-    a.set(ylabel="validation perplexity")
-    b.set(ylabel=f"validation loss\nminus that of {base.label} (nats)")
-    c.set(ylabel="Std of the load / even load")
-    d.set(ylabel="Spearman of score and activation")
-    d.axhline(0, **CHANCE)
-    for ax in (a, c):
+        draw_curves(right, group, [curve(run, "coupling_spearman") for run in group.runs])
+    left.set(ylabel="validation perplexity")
+    middle.set(ylabel="Std of the load / even load")
+    right.set(ylabel="Spearman of score and activation")
+    right.axhline(0, **CHANCE)
+    for ax in (left, middle):
         ax.set_yscale("log")
         plain_numbers(ax.yaxis)
-    add_legend(fig, a)
+    add_legend(fig, left)
 
 
 def draw_experts(fig, groups) -> None:
@@ -807,7 +796,7 @@ FIGURES = {  # file: what draws it, its title, height in inches
     "alignment.png": (draw_alignment, "Aligned: the point lies to the right of the dotted line", 2),
     "common_mode.png": (draw_common_mode, "Alike for a common reason: directions that share the "
                         "mean hidden state", 4),
-    "training.png": (draw_training, "What training does to perplexity, balance and coupling", 5.8),
+    "training.png": (draw_training, "What training does to perplexity, balance and coupling", 3.4),
     "experts.png": (draw_experts, "Sorted by token: where one token keeps one colour, that of the "
                     "expert it goes to first\n(colours compare within one panel only)", 6.6)}
 

@@ -1332,10 +1332,9 @@ def a_run(perplexity=4.0, seed=1, step=6, tokens=64, **settings):
     """What metrics.json says of a run, as far as the tables need it."""
     settings = {"router": "aux", "seed": seed, "max_iters": 6, "top_k": 2, "z_loss_coef": 0.0,
                 "data_sha256": "a", "code_sha256": "a", "val_sha256": "a", "block_size": 16,
-                "batch_size": 1, "gradient_accumulation_steps": 1, "history": "[]",
-                "eval_tokens": 64, "out_dir": f"out/{seed}"} | settings
+                "history": "[]", "out_dir": f"out/{seed}"} | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
-            "tokens": tokens, "n_expert": 1, "settings": settings}
+            "tokens": tokens, "settings": settings}
 
 
 def test_runs_of_one_name_that_differ_in_the_seed_alone_are_one_group_and_no_copy_joins_it():
@@ -1946,24 +1945,6 @@ def test_the_lesson_runs_from_top_to_bottom_and_its_numbers_are_what_its_text_sa
 
 
 # ---------------------------------------------------------------- no result misleads
-
-def logged(values, seed=1, **settings):
-    """A run with evaluations at steps 0 and 3."""
-    return a_run(seed=seed, **settings) | {"log": [
-        {"step": step, "coupling_spearman": 0.0} | dict.fromkeys(
-            ("val_loss", "perplexity", "load_std"), value) for step, value in zip((0, 3), values)]}
-
-
-@pytest.mark.parametrize("other", [
-    dict(seed=2), dict(val_sha256="b"), dict(block_size=32), dict(eval_tokens=512)])
-def test_losses_are_subtracted_only_on_the_same_tokens_and_seed(other):
-    figure = pytest.importorskip("matplotlib.figure").Figure(layout="constrained")
-    analyze.draw_training(figure, analyze.group_runs({
-        "lossfree": logged([4, 3], router="lossfree"), "pair": logged([4, 5]),
-        "other": logged([4, 5], **{"router": "kmeans"} | other)}))
-    curves = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[1].get_lines()}
-    assert curves == {"lossfree": [0], "pair": [2]}
-
 
 def test_an_analysis_keeps_the_numbers_of_the_last_one_and_none_of_its_figures_beside_its_own(
         analysis, tmp_path, monkeypatch, capsys):
