@@ -33,8 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, code_sha256, expert_activations, expert_colors, load_balance, load_checkpoint,
-    perplexity, read_log, router_cosines, router_similarity, spearman, validate, watch)
+    INCIDENTAL, ROUTERS, check_code, code_sha256, expert_activations, expert_colors, load_balance,
+    load_checkpoint, perplexity, read_log, router_cosines, router_similarity, spearman, validate,
+    watch)
 from prepare_data import (
     Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable, unused,
     visible)
@@ -516,7 +517,7 @@ def experiment(run: dict) -> dict:
     seed, the preset's name and what changes nothing but rounding."""
     kept = {key: value for key, value in run["settings"].items()
             if key not in INCIDENTAL | {"seed", "config"}}
-    return kept | {"step": run["step"], "tokens": run["tokens"]}
+    return kept | {"steps done": run["step"], "tokens seen": run["tokens"]}
 
 
 def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
@@ -874,22 +875,16 @@ def write_metrics(path: Path, runs: dict) -> None:
         (path.parent / name).unlink(missing_ok=True)
 
 
-def main(argv: list[str]) -> None:
-    args = parse_args(argv)
-    folders = args.run or ([] if args.hf else sorted(
-        path.parent for path in Path("out").glob("*/ckpt.pt")))
-    if not (folders or args.hf):
-        raise ValueError("there is no run in out/; train one with python train.py.")
-    path = args.out_dir.expanduser() / "metrics.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    locked = lock(path.parent)  # while this file is open
+def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[str, dict]:
+    """-> {name: metrics} of runs, metrics.json files and --hf models, written to `path` after each
+    one that was measured. What cannot be read or measured is left out with a sentence."""
     kept = None
     if path.exists():  # it may hold hours of measuring
         kept = unused(path.parent, "metrics.old-", ".json")
         shutil.copy(path, kept)
     found, runs = [], {}
     # a metrics.json is read first: it may be the one that is then replaced
-    for source in sorted([*folders, *args.hf], key=lambda source: source.suffix != ".json"):
+    for source in sorted(sources, key=lambda source: source.suffix != ".json"):
         folder = source.expanduser()
         try:
             if folder.suffix == ".json":
@@ -918,7 +913,11 @@ def main(argv: list[str]) -> None:
         print(f"The earlier metrics.json is kept as {kept}.\n")
     if not runs:
         raise ValueError("no run is left to analyze.")
+    return runs
 
+
+def report(runs: dict[str, dict], path: Path) -> None:
+    """Prints the table, draws the figures beside metrics.json, `path`."""
     groups = group_runs(runs)
     several = [group for group in groups if len(group.runs) > 1]
     print(markdown_table([(name, [run]) for name, run in runs.items()]
@@ -933,6 +932,20 @@ def main(argv: list[str]) -> None:
         warn("matplotlib is missing: for the figures run pip install matplotlib, then python "
              f"analyze.py {path}.")
     print(f"\nWrote {', '.join(map(str, [path, *figures]))}.")
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    for router in ROUTERS:
+        check_code(router)
+    sources = [*args.run, *args.hf] or sorted(
+        path.parent for path in Path("out").glob("*/ckpt.pt"))
+    if not sources:
+        raise ValueError("there is no run in out/; train one with python train.py.")
+    out_dir = args.out_dir.expanduser()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with lock(out_dir):
+        report(collect(sources, args, out_dir / "metrics.json"), out_dir / "metrics.json")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 import torch.nn as nn
@@ -477,7 +478,7 @@ INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_inter
               "log_interval"}
 FILES = [Path(__file__).resolve().with_name(f"{name}.py")
          for name in ("routers", "model", "prepare_data", "train")]
-CODE = b"".join(file.read_bytes() for file in FILES if file.exists())  # as it was imported
+IMPORTED = {file: file.read_bytes() for file in FILES if file.exists()}
 
 
 def file_of(module: str) -> Path:
@@ -487,12 +488,10 @@ def file_of(module: str) -> Path:
 
 @cache  # as it was when the class or function was first looked at: the file may be edited later
 def source_of(part) -> bytes:
-    if file_of(part.__module__).is_file():
-        return file_of(part.__module__).read_bytes()
-    try:
-        return inspect.getsource(part).encode()  # a notebook keeps that of its cells
-    except (OSError, TypeError):  # an interactive Python does not
-        return b""
+    """The file that defines a class or function. In a notebook there is none, so each time that a
+    cell defines it anew counts as other code."""
+    file = file_of(part.__module__)
+    return file.read_bytes() if file.is_file() else uuid4().bytes
 
 
 def own_code(router: str) -> dict[str, bytes]:
@@ -516,7 +515,18 @@ def own_code(router: str) -> dict[str, bytes]:
 
 def code_sha256(router: str) -> str:
     """Of the code that makes a run what it is, beside its settings."""
-    return hashlib.sha256(b"".join([CODE, *sorted(own_code(router).values())])).hexdigest()
+    code = [*IMPORTED.values(), *sorted(own_code(router).values())]
+    return hashlib.sha256(b"".join(code)).hexdigest()
+
+
+def check_code(router: str) -> None:
+    """Raises ValueError if a file of the code was edited after it was imported, as in a notebook:
+    what runs may be the old code, or with autoreload the new, and no hash would say which."""
+    own = {file_of(name): source for name, source in own_code(router).items()}
+    for file, source in (IMPORTED | own).items():
+        if file.is_file() and file.read_bytes() != source:
+            raise ValueError(f"{file} was edited after this Python had imported it, so which code "
+                             "runs is not known; start Python anew.")
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:

@@ -895,10 +895,12 @@ def test_resume_refuses_data_that_were_prepared_from_another_corpus(workdir):
 
 
 def test_a_folder_that_holds_a_run_or_is_in_use_by_one_is_refused(workdir):
-    held = train.claim(Path("out/a"), train.TrainConfig())
-    assert "another process writes to out/a right now" in refusal(run_train, "--out_dir=out/a")
-    held.close()
-    run_train("--out_dir=out/a")
+    with train.claim(Path("out/a"), train.TrainConfig()):
+        assert "another process writes to out/a right now" in refusal(
+            run_train, "--out_dir=out/a")
+    with pytest.raises(ValueError, match="not finite") as kept:  # as a notebook keeps its error
+        run_train("--out_dir=out/a", "--learning_rate=1e30")
+    run_train("--out_dir=out/a", "--overwrite")
     assert "out/a already holds a run; pass --resume" in refusal(run_train, "--out_dir=out/a")
     os.remove("out/a/ckpt.pt")  # the log alone is worth something, but nothing to go on from
     assert "already holds a run; pass --overwrite" in refusal(run_train, "--out_dir=out/a")
@@ -1355,7 +1357,8 @@ def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(chan
     assert [group.label for group in groups] == ["aux-1", "aux-2"]  # not both `aux`
     (name, value), = change.items()
     line = analyze.differing_settings(groups)
-    assert f"{name} {value} (aux-2)" in line
+    shown = {"step": "steps done", "tokens": "tokens seen"}.get(name, name)
+    assert f"{shown} {value} (aux-2)" in line
     assert ("not comparable" in line) == (name == "val_sha256")
 
 
@@ -1403,6 +1406,14 @@ def test_a_run_knows_the_code_that_replaces_some_of_the_project(place, name, mon
     monkeypatch.setattr(place, name, replace)
     assert model.code_sha256("aux") != plain
     assert "import test_all, train" in train.command("train", "aux", "--resume")
+
+
+def test_code_that_was_edited_after_its_import_is_refused(workdir, monkeypatch):
+    monkeypatch.setitem(model.IMPORTED, ROOT / "routers.py", b"before")
+    for main in (run_train, analyze.main):
+        with pytest.raises(ValueError, match="routers.py was edited after this Python had"):
+            main("--out_dir=out/a" if main is run_train else [])
+    assert not Path("out").exists()
 
 
 def test_groups_look_different_in_colour_or_marker_however_many_there_are():

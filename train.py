@@ -20,7 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, Config, SMoETransformer, code_sha256, coupling_spearman, load_balance,
+    INCIDENTAL, Config, SMoETransformer, check_code, code_sha256, coupling_spearman, load_balance,
     load_checkpoint, own_code, perplexity, read_log, router_similarity, validate)
 from prepare_data import (
     Parser, cli, eval_batches, get_batch, get_tokenizer, lock, open_dataset, prepare,
@@ -489,41 +489,41 @@ def restore(loaded: tuple, data, device, c: TrainConfig) -> tuple:
     return model, optimizer, checkpoint["step"]
 
 
-def main(argv: list[str]) -> None:
-    c, loaded = parse_args(argv)
-    if c.bench:
-        return bench(c)
-    machine = set_up(c)
-    device, dtype, autocast, rank, world_size = machine
-    master = rank == 0
+def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple:
+    """Starts a run, or goes on with what load_checkpoint gave, and writes its log up to here
+    -> (model, optimizer, step, what describe() says of it)."""
     out_dir = Path(c.out_dir)
-    log_path, checkpoint_path = out_dir / "log.jsonl", out_dir / "ckpt.pt"
-    data = open_data(c, machine)
     history = loaded[1]["history"] if loaded else []
-    about = describe(c, dtype, data, history)
-    claimed = claim(out_dir, c) if master else None  # it holds while this file is open
+    about = describe(c, machine.dtype, data, history)
     torch.manual_seed(c.seed)  # the same weights on every rank
     if loaded:
-        raw_model, optimizer, step = restore(loaded, data, device, c)
+        model, optimizer, step = restore(loaded, data, machine.device, c)
         # the log forgets what came after the checkpoint
-        records = [record for record in read_log(log_path) if record["step"] <= step]
+        records = [record for record in read_log(out_dir / "log.jsonl") if record["step"] <= step]
         # check_resume has just noted other code or another max_iters: keep what the run was
-        if master and any(changed == step for changed, *_ in history):
+        if machine.rank == 0 and any(changed == step for changed, *_ in history):
             kept = out_dir / f"step-{step}"
             kept.mkdir(exist_ok=True)
-            shutil.copy(checkpoint_path, kept)
+            shutil.copy(out_dir / "ckpt.pt", kept)
             write_log(kept / "log.jsonl", records, anew=True)
             print(f"The run as it was at step {step} is kept in {kept}.")
     else:
-        raw_model = SMoETransformer(c).to(device)
-        optimizer = make_optimizer(raw_model, c)
+        model = SMoETransformer(c).to(machine.device)
+        optimizer = make_optimizer(model, c)
         step = 0
-        metrics, _ = evaluate(raw_model, data, c.eval_tokens, machine, c)
+        metrics, _ = evaluate(model, data, c.eval_tokens, machine, c)
         records = [{"step": 0} | dict.fromkeys(
             ("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu")) | metrics]
-    loaded = None  # closes the mapped file: else it would keep its place on the disk when replaced
-    if master:
-        write_log(log_path, records, anew=True)
+    if machine.rank == 0:
+        write_log(out_dir / "log.jsonl", records, anew=True)
+    return model, optimizer, step, about
+
+
+def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, c: TrainConfig):
+    """From `step` to max_iters, or until somebody asks to stop."""
+    device, dtype, autocast, rank, world_size = machine
+    master = rank == 0
+    log_path, checkpoint_path = Path(c.out_dir, "log.jsonl"), Path(c.out_dir, "ckpt.pt")
     model = compiled(raw_model) if c.compile else raw_model
     if world_size > 1:
         # broadcast_buffers=False: update_routers sums the statistics that the ranks have counted.
@@ -593,7 +593,20 @@ def main(argv: list[str]) -> None:
               + command("train", c.router, f"--out_dir={c.out_dir}", "--resume"))
     elif master:
         finish(raw_model, data, metrics, autocast, c)
-    if world_size > 1:  # together: a process that leaves early can take gloo's threads down with it
+
+
+def main(argv: list[str]) -> None:
+    c, loaded = parse_args(argv)
+    check_code(c.router)
+    if c.bench:
+        return bench(c)
+    machine = set_up(c)
+    data = open_data(c, machine)
+    with claim(Path(c.out_dir), c) if machine.rank == 0 else nullcontext():
+        model, optimizer, step, about = begin(c, loaded, data, machine)
+        del loaded  # closes the mapped file: else it would keep its place on the disk when replaced
+        train(model, optimizer, step, about, data, machine, c)
+    if machine.world_size > 1:  # together: one that leaves early can take gloo's threads down
         dist.barrier()
         dist.destroy_process_group()
 
