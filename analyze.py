@@ -5,7 +5,7 @@
     python analyze.py out/analysis/metrics.json  # draw again, from the numbers alone
     python analyze.py --hf=DIR                   # a mixture of experts that transformers can load
 
-Prints a Markdown table, writes metrics.json and the figures to out/analysis/. Three layers, from
+Prints a Markdown table, writes metrics.json and the figures to out/analysis/. Three parts, from
 top to bottom: observe (a model -> what its layers do on validation tokens, the only part that knows
 what a run is), measure (pure functions of that), draw (from metrics.json alone).
 
@@ -65,7 +65,7 @@ class Layer(NamedTuple):
     x: Tensor             # (N, C) hidden states
     scores: Tensor        # (N, E) of every expert for every token, before any selection bias
     indices: Tensor       # (N, K) the selected experts, best first
-    load: Tensor          # (E) tokens that each expert got
+    load: Tensor          # (E) tokens that each expert got; of a run, in its last evaluation
 
 
 class Observed(NamedTuple):
@@ -88,8 +88,8 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     log = [record for record in read_log(folder / "log.jsonl")
            if "val_loss" in record and record["step"] <= step]
     data = open_dataset(Path("data", settings["dataset"]), c.block_size, c.vocab_size)
-    # of the text that the model is seen at work on; val_sha256: of that of its perplexity. Runs are
-    # averaged over seeds only if both are equal
+    # seen_sha256: the hash of the text that the layers are observed on; val_sha256: that of the text
+    # that its perplexity is from. Runs are averaged over seeds only if both are equal
     settings["seen_sha256"] = data.meta["sha256"]["val.bin"]
     if data.meta["sha256"]["train.bin"] != settings["data_sha256"]:
         warn(f"data/{settings['dataset']} is not the data that {folder} was trained on: it may "
@@ -487,7 +487,7 @@ OTHER_TEXT = {"val_sha256", "block_size", "final_eval_tokens"}  # makes perplexi
 ROUTER_STYLES = {  # colour (Okabe-Ito), line, marker: each tells them apart, in grey too
     "aux": ("#E69F00", "--", "s"), "lossfree": ("#0072B2", "-", "o"),
     "kmeans": ("#009E73", "-.", "^"), "none": ("#000000", ":", "D")}
-OTHER_STYLES = (  # of further groups: each goes round by itself, so that 84 differ
+OTHER_STYLES = (  # of further groups: each goes round by itself, and lcm(6, 4, 7) = 84 differ
     ("#CC79A7", "#56B4E9", "#8C564B", "#9A8B00", "#D55E00", "#7F3C8D"), ("--", "-", "-.", ":"),
     ("v", "P", "*", "<", "X", ">", "p"))
 
@@ -596,14 +596,14 @@ def paired_differences(groups: list[Group]) -> list[str]:
     """Perplexity in per cent, paired by seed, mean difference ± its standard error, for each two
     groups that share seeds and differ in one setting alone: the later minus the earlier."""
     lines = []
-    for b, a in combinations(groups, 2):
-        pairs = [(x["perplexity"], y["perplexity"]) for x in a.runs for y in b.runs
+    for earlier, later in combinations(groups, 2):
+        pairs = [(x["perplexity"], y["perplexity"]) for x in later.runs for y in earlier.runs
                  if x["seed"] == y["seed"]]
-        different = differing([a, b]).keys()
+        different = differing([later, earlier]).keys()
         if len(pairs) > 1 and len(different) == 1 and not different & OTHER_TEXT:
             percent = [100 * (x / y - 1) for x, y in pairs]
             error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
-            lines.append(f"perplexity, {a.label} - {b.label}: {np.mean(percent):+.2f} ± "
+            lines.append(f"perplexity, {later.label} - {earlier.label}: {np.mean(percent):+.2f} ± "
                          f"{error:.2f} % (paired by seed, n = {len(pairs)})")
     return lines
 

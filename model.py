@@ -318,7 +318,8 @@ class SMoETransformer(nn.Module):
     def generate(self, idx: Tensor, n: int, temperature: float = 1.0,
                  top_k: int | None = None) -> Tensor:
         """Appends n sampled tokens to idx (B, T) -> (B, T + n). temperature 0: the likeliest token;
-        top_k: sample from the top_k likeliest only. The context is the last block_size tokens."""
+        top_k (of tokens, not of experts): sample from the top_k likeliest only. The context is the
+        last block_size tokens."""
         if not (0 <= temperature < float("inf") and (top_k is None or top_k >= 1)):
             raise ValueError("temperature must be 0 or more and top_k 1 or more, not "
                              f"{temperature} and {top_k}.")
@@ -482,7 +483,8 @@ IMPORTED = {file: file.read_bytes() for file in FILES if file.exists()}
 
 
 def file_of(module: str) -> Path:
-    """Of a module by its name; of one without a file, as a notebook, the current folder."""
+    """The source file of a module, by its name; of one without a file, as a notebook, the current
+    folder, which is no file."""
     return Path(getattr(sys.modules.get(module), "__file__", None) or "").resolve()
 
 

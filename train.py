@@ -537,7 +537,7 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
         print(f"{c.router}: {counts[0]} parameters, {counts[1]} active a token, {world_size} x "
               f"{device} in {dtype}; {c.dataset}: {len(data.train):,} tokens, steps {step} to "
               f"{c.max_iters} read {(c.max_iters - step) * tokens:,}")
-    start, start_step = time.perf_counter(), step  # of the speed
+    start, start_step = time.perf_counter(), step  # from here tokens_per_s is measured
     stop = False
     bar = tqdm(total=c.max_iters, initial=step, unit="step", disable=None if master else True)
     with stop_requests() as signals:
