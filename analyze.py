@@ -82,14 +82,15 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
     step, evaluation = checkpoint["step"], checkpoint["evaluation"]
-    settings = checkpoint["config"] | {"analyze_sha256": analyze_sha256(c.router)} | {
-        key: str(checkpoint[key]) for key in (  # history: what a --resume has changed
-            "data_sha256", "val_sha256", "code_sha256", "history")}
+    settings = checkpoint["config"] | {
+        "analyze_sha256": analyze_sha256(c.router), "history": ", ".join(  # a --resume's changes
+            f"{what} was {str(old)[:8]} to step {end}" for end, what, old in checkpoint["history"])}
+    settings |= {key: checkpoint[key] for key in ("data_sha256", "val_sha256", "code_sha256")}
     log = [record for record in read_log(folder / "log.jsonl")
            if "val_loss" in record and record["step"] <= step]
     data = open_dataset(Path("data", settings["dataset"]), c.block_size, c.vocab_size)
-    # seen_sha256: the hash of the text that the layers are observed on; val_sha256: that of the text
-    # that its perplexity is from. Runs are averaged over seeds only if both are equal
+    # seen_sha256: hash of the text that the layers are observed on; val_sha256: of the text that its
+    # perplexity is from. Runs are averaged over seeds only if both are equal
     settings["seen_sha256"] = data.meta["sha256"]["val.bin"]
     if data.meta["sha256"]["train.bin"] != settings["data_sha256"]:
         warn(f"data/{settings['dataset']} is not the data that {folder} was trained on: it may "
@@ -526,7 +527,7 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
     for key in dict.fromkeys(key for one in settings for key in one):
         for group, one in zip(groups, settings):
             if key in one or "max_iters" in one:  # an --hf model has not the settings of a training
-                value = str(one.get(key, "absent"))[:8 if key.endswith("sha256") else None]
+                value = str(one.get(key, "absent"))[:8 if key.endswith("sha256") else None] or "none"
                 found.setdefault(key, {}).setdefault(value, []).append(group.label)
     return {key: labels for key, labels in found.items() if len(labels) > 1}
 
@@ -586,7 +587,7 @@ def differing_settings(groups: list[Group]) -> str:
         if key != "router":
             parts.append(", ".join(f"{key} {value} ({', '.join(labels[value])})"
                                    for value in others) + f", else {usual}")
-    line = f"Settings that differ: {'; '.join(parts) or 'router and seed alone'}."
+    line = f"Settings that differ: {'; '.join(parts) or 'none but router or seed'}."
     if OTHER_TEXT & found.keys():
         line += " So perplexities are of different texts or windows, and not comparable."
     return line
@@ -636,6 +637,7 @@ def draw_curves(ax, group: Group, curves: list[dict]) -> None:
         values = np.array([[points[step] for step in steps] for points in curves])  # (seeds, steps)
         draw_line(ax, group, np.array(steps) * tokens / 1e6, values)
     ax.set_xlabel("training tokens (millions)")
+    ax.locator_params("x", nbins=4)
 
 
 def draw_points(ax, groups: list[Group], key: str, label: str, chance: str) -> None:
@@ -648,6 +650,7 @@ def draw_points(ax, groups: list[Group], key: str, label: str, chance: str) -> N
         ax.text(1.02, y, f"{values.mean():.3g}", va="center", fontsize=8,
                 transform=ax.get_yaxis_transform())
         ax.plot([group.mean(chance)] * 2, [y - 0.5, y + 0.5], **CHANCE)
+    ax.locator_params("x", nbins=5)
     ax.set(xlabel=label, ylim=(len(groups) - 0.4, -0.6))
     ax.set_yticks(range(len(groups)), [group.label for group in groups], fontsize=9)
 
@@ -712,13 +715,19 @@ def draw_similarity(fig, groups) -> None:
     fig.colorbar(image, ax=axes, label="cosine of two router directions", shrink=0.7)
 
 
+def logged(groups: list[Group]) -> list[Group]:
+    """Those whose runs have evaluations during their training."""
+    return [group for group in groups if all(run["log"] for run in group.runs)]
+
+
 def draw_common_mode(fig, groups) -> None:
-    left, right = fig.subplots(1, 2)
-    for group in groups:
-        draw_curves(left, group, [curve(run, "router_similarity") for run in group.runs])
-        left.axhline(group.mean("router_similarity_chance"), **CHANCE)
-    left.set(ylabel="mean |cosine| of router directions\n(dotted: chance)", ylim=0)
-    add_legend(fig, left)
+    *others, right = fig.subplots(1, 2 if logged(groups) else 1, squeeze=False)[0]
+    for left in others:
+        for group in logged(groups):
+            draw_curves(left, group, [curve(run, "router_similarity") for run in group.runs])
+            left.axhline(group.mean("router_similarity_chance"), **CHANCE)
+        left.set(ylabel="mean |cosine| of router directions\n(dotted: chance)", ylim=0)
+        add_legend(fig, left)
     draw_points(right, groups, "common_share", "share of the mean hidden state in a router\n"
                 "direction's energy (dotted: chance)", "common_share_chance")
 
@@ -729,7 +738,7 @@ def draw_alignment(fig, groups) -> None:
 
 
 def draw_training(fig, groups) -> None:
-    groups = [group for group in groups if all(run["log"] for run in group.runs)]
+    groups = logged(groups)
     if not groups:
         return
     left, middle, right = fig.subplots(1, 3)
@@ -939,7 +948,8 @@ def main(argv: list[str]) -> None:
     for router in ROUTERS:
         check_code(router)
     sources = [*args.run, *args.hf] or sorted(
-        path.parent for path in Path("out").glob("*/ckpt.pt"))
+        path.parent for path in Path("out").glob("*/ckpt.pt")
+        if not re.search(r"\.old\d+$", path.parent.name))  # what train.py --overwrite put aside
     if not sources:
         raise ValueError("there is no run in out/; train one with python train.py.")
     out_dir = args.out_dir.expanduser()

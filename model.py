@@ -538,17 +538,22 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         checkpoint["code_sha256"], checkpoint["history"]  # KeyError if one is missing
-        config = Config(**{field.name: checkpoint["config"].get(field.name, field.default)
-                           for field in fields(Config)})  # default: you have added the field since
-        model = SMoETransformer(config)
-        model.load_state_dict(checkpoint["model"])
+        router = checkpoint["config"]["router"]
+        if router in ROUTERS:
+            model = SMoETransformer(Config(**{  # default: you have added the field since
+                field.name: checkpoint["config"].get(field.name, field.default)
+                for field in fields(Config)}))
+            model.load_state_dict(checkpoint["model"])
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not there; name the folder of a run.") from None
     except Exception as error:  # a damaged file can raise nearly anything
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-        raise ValueError(f"{path} is damaged, not a checkpoint of this project, or of a router "
-                         f"that is not registered here ({reason}).") from None
-    if checkpoint["code_sha256"] != code_sha256(config.router):
+        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})."
+                         ) from None
+    if router not in ROUTERS:
+        raise ValueError(f"{path} is of {router!r}, a router that is not registered here; type what "
+                         "its run said at its end, which imports your code first.")
+    if checkpoint["code_sha256"] != code_sha256(router):
         print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
               "prepare_data.py, train.py or your own): its numbers may belong to neither.",
               file=sys.stderr)

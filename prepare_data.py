@@ -104,6 +104,8 @@ def open_corpus(dataset, glob, val_fraction, data_root):
     else:
         raise ValueError(f"Unknown data set {dataset!r}: it is neither a file nor a folder, nor "
                          f"one of {', '.join(DATASETS)}.")
+    if not paths:
+        raise ValueError(f"{dataset} holds no text file that matches {glob or '*'}.")
     if len(paths) == 1:
         return read_single(paths[0], val_fraction)
     return read_documents(paths, val_fraction)

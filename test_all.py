@@ -865,6 +865,7 @@ def test_too_little_memory_is_a_sentence_and_a_bug_is_not(error, words, capsys):
     ("prepare_data --val_fraction=nan", "not nan"), ("prepare_data --glob=*.md", "not a folder"),
     ("prepare_data --name=../x", "another --name"),
     ("prepare_data --name=python", "another --name"),
+    ("prepare_data --dataset=data --glob=*.zzz", "holds no text file that matches *.zzz"),
     ("analyze", "there is no run in out/"), ("analyze nowhere", "no run is left"),
     ("analyze --tokens=0", "--tokens must be positive"),
     ("analyze --device=abacus", "not a device"), ("analyze x --out_dir=/proc/x", "/proc/x"),
@@ -1433,7 +1434,7 @@ def test_one_line_names_every_setting_in_which_the_runs_differ():
         seed=2), "c": a_run(router="kmeans")})
     assert analyze.differing_settings(groups) == (
         "Settings that differ: max_iters 9 (b), else 6; top_k 4 (b), else 2.")
-    assert "router and seed alone" in analyze.differing_settings(groups[::2])
+    assert "none but router or seed" in analyze.differing_settings(groups[::2])
     groups = analyze.group_runs({"old": a_run(), "new": a_run(weight=1.0)})  # a field of later code
     assert "weight 1.0 (new), else absent" in analyze.differing_settings(groups)
 
@@ -1536,6 +1537,7 @@ def workplace(toy, tmp_path_factory):
         for name in ("aux-1", "aux-2", "lossfree-1", "kmeans-1"):
             router, seed = name.split("-")
             train.main([*RUN, f"--router={router}", f"--seed={seed}", f"--out_dir=out/{name}"])
+        shutil.copytree("out/aux-1", "out/aux-1.old1")  # as after --overwrite
     return folder
 
 
@@ -1636,7 +1638,7 @@ def test_broken_runs_get_a_sentence_each_and_the_others_are_done(workplace, tmp_
         f"--out_dir={tmp_path}", cwd=workplace)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     for line, sentence in zip(done.stderr.splitlines(), (
-            "not a metrics.json", "damaged", "router must be one of", "is not there"), strict=True):
+            "not a metrics.json", "damaged", "'mine', a router that is not", "is not there"), strict=True):
         assert "is left out: " in line and sentence in line
         assert "--" not in line  # no advice to pass a flag, as analyze.py has none for this
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
@@ -1889,6 +1891,10 @@ def test_models_are_analysed_alone_and_beside_runs_and_a_bad_one_spoils_no_other
     out, err = capsys.readouterr()
     assert "| olmoe | olmoe | – | – |" in out and "| gpt_oss | gpt_oss |" in out
     assert "nowhere is left out: it is no model" in err and err.count("left out") == 1
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    analyze.draw_common_mode(figure, analyze.group_runs(
+        json.loads(Path("out/analysis/metrics.json").read_text())))
+    assert len(figure.axes) == 1  # there is no training to show
     run_train("--router=aux", "--seed=1", "--out_dir=out/aux-1")
     analyze.main(["out/aux-1", *flags[:1], *flags[3:]])
     runs = json.loads((workdir / "out/analysis/metrics.json").read_text())

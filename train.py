@@ -585,7 +585,8 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
                     save_checkpoint(checkpoint_path, about, raw_model, optimizer, step,
                                     metrics | {"load": loads} if last else None)
                 if evaluating:
-                    tqdm.write(", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+                    tqdm.write(", ".join(f"{key} {value:.4g}" for key, value in (
+                        {"step": step} | metrics).items()))
             start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
     bar.close()
     if master and step < c.max_iters:
