@@ -104,7 +104,7 @@ def gradient_at_logits(loss, routing):
     return torch.autograd.grad(loss, routing.logits)[0]
 
 
-def test_gradients_of_language_model_and_switch_loss_sum_to_0_over_experts_and_that_of_the_z_loss_not():
+def test_gradients_of_language_model_and_switch_loss_sum_to_0_over_experts_that_of_z_loss_not():
     """For each token: the sum over experts of the gradient at the logits, the common mode."""
     x, aux = torch.randn(50, 32), make_layer(router="aux", aux_loss_coef=1.0).router
     routing = aux(x)
