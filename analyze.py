@@ -89,8 +89,8 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     log = [record for record in read_log(folder / "log.jsonl")
            if "val_loss" in record and record["step"] <= step]
     data = open_dataset(Path("data", settings["dataset"]), c.block_size, c.vocab_size)
-    # seen_sha256: hash of the text that the layers are observed on; val_sha256: of the text that its
-    # perplexity is from. Runs are averaged over seeds only if both are equal
+    # seen_sha256: hash of the text that the layers are observed on; val_sha256: of the text that
+    # its perplexity is from. Runs are averaged over seeds only if both are equal
     settings["seen_sha256"] = data.meta["sha256"]["val.bin"]
     if data.meta["sha256"]["train.bin"] != settings["data_sha256"]:
         warn(f"data/{settings['dataset']} is not the data that {folder} was trained on: it may "
@@ -527,8 +527,8 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
     for key in dict.fromkeys(key for one in settings for key in one):
         for group, one in zip(groups, settings):
             if key in one or "max_iters" in one:  # an --hf model has not the settings of a training
-                value = str(one.get(key, "absent"))[:8 if key.endswith("sha256") else None] or "none"
-                found.setdefault(key, {}).setdefault(value, []).append(group.label)
+                value = str(one.get(key, "absent"))[:8 if key.endswith("sha256") else None]
+                found.setdefault(key, {}).setdefault(value or "none", []).append(group.label)
     return {key: labels for key, labels in found.items() if len(labels) > 1}
 
 

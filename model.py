@@ -36,7 +36,7 @@ from routers import ROUTERS, KMeansRouter, Router
 @dataclass
 class Config:
     """Model and router, one field per choice. Raises ValueError with the name of a bad field."""
-    vocab_size: int = 320            # 256 bytes and end of text, up to a multiple of 64
+    vocab_size: int = 320            # 256 bytes and end of text, rounded up to a multiple of 64
     block_size: int = 256            # longest sequence, in tokens
     n_layer: int = 4                 # blocks of attention and SMoE
     n_head: int = 4                  # attention heads
@@ -123,7 +123,8 @@ class Experts(torch.autograd.Function):
         A (P, N*K), B (N*K, Q):       out[i] = A[:, rows] @ B[rows]        (E, P, Q)
 
     Rows are only gathered, never added atomically, so the same call gives the same bits. The gate
-    multiplies h (H wide) and not the expert's output (C wide): the same result for less work."""
+    multiplies h = silu(a) * b (H wide) and not the expert's output (C wide): the same result for
+    less work."""
 
     @staticmethod
     def forward(ctx, x, gates, w_gate, w_up, w_down, order, inverse, ends):
@@ -551,8 +552,8 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})."
                          ) from None
     if router not in ROUTERS:
-        raise ValueError(f"{path} is of {router!r}, a router that is not registered here; type what "
-                         "its run said at its end, which imports your code first.")
+        raise ValueError(f"{path} is of {router!r}, a router that is not registered here; type "
+                         "what its run said at its end, which imports your code first.")
     if checkpoint["code_sha256"] != code_sha256(router):
         print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
               "prepare_data.py, train.py or your own): its numbers may belong to neither.",

@@ -168,7 +168,8 @@ class AuxLossRouter(LearnedRouter):
             P_i = mean over tokens of s_i / sum over j of s_j               (softmax: sum is 1)
 
     f is that of one micro-batch on one process. If all f_i are equal, the first term is
-    aux_loss_coef and its gradient 0. Else, with softmax scores, its gradient at z_ti is
+    aux_loss_coef and its gradient 0. Else, with softmax scores, its gradient at z_ti, token t and
+    expert i, is
         aux_loss_coef * E / N * s_ti (f_i - sum over j of f_j s_tj):
     experts busier than the mean of f weighted by s_t go down, the others up. Every token sends
     that, along its x, to every row: it mixes into r_i tokens that expert i never saw."""

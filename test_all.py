@@ -1638,7 +1638,8 @@ def test_broken_runs_get_a_sentence_each_and_the_others_are_done(workplace, tmp_
         f"--out_dir={tmp_path}", cwd=workplace)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     for line, sentence in zip(done.stderr.splitlines(), (
-            "not a metrics.json", "damaged", "'mine', a router that is not", "is not there"), strict=True):
+            "not a metrics.json", "damaged", "'mine', a router that is not", "is not there"),
+            strict=True):
         assert "is left out: " in line and sentence in line
         assert "--" not in line  # no advice to pass a flag, as analyze.py has none for this
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
