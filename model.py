@@ -480,7 +480,8 @@ INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_inter
               "log_interval"}
 FILES = [Path(__file__).resolve().with_name(f"{name}.py")
          for name in ("routers", "model", "prepare_data", "train")]
-IMPORTED = {file: file.read_bytes() for file in FILES if file.exists()}
+# of the first import: to reload this module alone must not hide an edit
+IMPORTED = globals().get("IMPORTED") or {f: f.read_bytes() for f in FILES if f.exists()}
 
 
 def file_of(module: str) -> Path:
@@ -507,6 +508,7 @@ def own_code(router: str) -> dict[str, bytes]:
     for cls in filter(inspect.isclass, list(parts)):
         parts += [getattr(member, "fget", member) for member in vars(cls).values()]  # of a property
     for part in parts:
+        part = getattr(part, "func", part)  # of a functools.partial
         name = getattr(part, "__module__", None) or "builtins"
         file = file_of(name)
         library = name.split(".")[0] in sys.stdlib_module_names or "-packages/" in file.as_posix()

@@ -96,7 +96,9 @@ class TrainConfig(Config):
         own = self.router not in (*LEARNED, "kmeans")
         for name, routers in READ_BY.items():
             default = getattr(Config, name)
-            self.check(self.router in routers or own or getattr(self, name) == default, name,
+            # --resume: its settings are those of the run, whatever the default has become
+            self.check(self.router in routers or own or self.resume
+                       or getattr(self, name) == default, name,
                        f"{default} under {self.router}, which does not read it")
         self.out_dir = os.path.expanduser(self.out_dir or f"out/{self.router}")
 
