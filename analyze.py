@@ -721,14 +721,15 @@ def logged(groups: list[Group]) -> list[Group]:
 
 
 def draw_common_mode(fig, groups) -> None:
-    *others, right = fig.subplots(1, 2 if logged(groups) else 1, squeeze=False)[0]
-    for left in others:
-        for group in logged(groups):
-            draw_curves(left, group, [curve(run, "router_similarity") for run in group.runs])
-            left.axhline(group.mean("router_similarity_chance"), **CHANCE)
-        left.set(ylabel="mean |cosine| of router directions\n(dotted: chance)", ylim=0)
-        add_legend(fig, left)
-    draw_points(right, groups, "common_share", "share of the mean hidden state in a router\n"
+    trained = logged(groups)
+    axes = fig.subplots(1, 2 if trained else 1, squeeze=False)[0]
+    for group in trained:
+        draw_curves(axes[0], group, [curve(run, "router_similarity") for run in group.runs])
+        axes[0].axhline(group.mean("router_similarity_chance"), **CHANCE)
+    if trained:
+        axes[0].set(ylabel="mean |cosine| of router directions\n(dotted: chance)", ylim=0)
+        add_legend(fig, axes[0])
+    draw_points(axes[-1], groups, "common_share", "share of the mean hidden state in a router\n"
                 "direction's energy (dotted: chance)", "common_share_chance")
 
 
@@ -952,10 +953,10 @@ def main(argv: list[str]) -> None:
         if not re.search(r"\.old\d+$", path.parent.name))  # what train.py --overwrite put aside
     if not sources:
         raise ValueError("there is no run in out/; train one with python train.py.")
-    out_dir = args.out_dir.expanduser()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with lock(out_dir):
-        report(collect(sources, args, out_dir / "metrics.json"), out_dir / "metrics.json")
+    path = args.out_dir.expanduser() / "metrics.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path.parent):
+        report(collect(sources, args, path), path)
 
 
 if __name__ == "__main__":

@@ -540,7 +540,9 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     has trained the model. Raises ValueError for a missing, damaged or foreign file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        checkpoint["code_sha256"], checkpoint["history"]  # KeyError if one is missing
+        for key in ("optimizer", "step", "evaluation", "rng", "history", "data_sha256",
+                    "val_sha256", "code_sha256", "tokenizer"):
+            checkpoint[key]  # KeyError if it is missing
         router = checkpoint["config"]["router"]
         if router in ROUTERS:
             model = SMoETransformer(Config(**{  # default: you have added the field since

@@ -195,7 +195,7 @@ def set_up(c: TrainConfig) -> Machine:
                              f"{torch.cuda.device_count()} CUDA devices; pass --device=cpu.")
         torch.cuda.set_device(device)
     bfloat16 = c.dtype == "bfloat16" or c.dtype == "auto" and (device.type == "cuda" or c.compile)
-    if world_size > 1:  # nccl for gradients; gloo for Ctrl-C, which main() sums as a CPU tensor
+    if world_size > 1:  # nccl for gradients; gloo for Ctrl-C, which train() sums as a CPU tensor
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Machine(device, torch.bfloat16 if bfloat16 else torch.float32,
                    torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), rank, world_size)
