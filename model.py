@@ -511,7 +511,8 @@ def own_code(router: str) -> dict[str, bytes]:
         part = getattr(part, "func", part)  # of a functools.partial
         name = getattr(part, "__module__", None) or "builtins"
         file = file_of(name)
-        library = name.split(".")[0] in sys.stdlib_module_names or "-packages/" in file.as_posix()
+        library = (name.split(".")[0] in sys.stdlib_module_names
+                   or {"site-packages", "dist-packages"} & set(file.parts))
         if name in sys.modules and not library and file not in FILES:
             source, known = source_of(part), own.get(name, b"")
             own[name] = known if source in known else known + source
