@@ -167,9 +167,8 @@ class Experts(torch.autograd.Function):
 
 
 def combine(rows: Tensor, inverse: Tensor) -> Tensor:
-    """rows (N*K, C), inverse (N, K) -> (N, C): the sum of the K rows of each token,
-    rows[inverse].sum(1). As K gathers and sums, which the compiler fuses, it took a quarter of the
-    time on an H200 and of that on a CPU."""
+    """rows (N*K, C), inverse (N, K) -> (N, C): the sum of the K rows of each token. The same as
+    rows[inverse].sum(1), in a quarter of the time, on an H200 (compiled) and on a CPU."""
     y = rows.index_select(0, inverse[:, 0])                              # (N, C)
     for row in inverse.t()[1:]:                                          # (N)
         y = y + rows.index_select(0, row)
@@ -461,7 +460,7 @@ def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor | None = None,
         a = F.linear(x, w.float(), None if b_gate is None else b_gate[i].float())  # (N, H)
         values = [a]
         if w_up is not None:
-            values += [F.silu(a), F.silu(a) * (x @ w_up[i].t())]         # (N, H) each
+            values += [F.silu(a), F.silu(a) * F.linear(x, w_up[i].float())]  # (N, H) each
         columns.append(torch.stack([v.norm(dim=-1) for v in values]))    # (1 or 3, N)
     return torch.stack(columns, dim=-1)
 

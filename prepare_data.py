@@ -409,7 +409,8 @@ def main(argv):
     parser = Parser(allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="stdlib", metavar="NAME", help="a text file or folder "
-                        f"(UTF-8), or {', '.join(DATASETS)} (default: %(default)s)")
+                        "(UTF-8; without the folders in it that are links), or "
+                        f"{', '.join(DATASETS)} (default: %(default)s)")
     parser.add_argument("--tokenizer", default="bytes", metavar="NAME",
                         help="bytes, or a tiktoken encoding such as gpt2 (default: %(default)s)")
     parser.add_argument("--val_fraction", type=float, default=0.05, metavar="F", help="share of "

@@ -182,9 +182,9 @@ class AuxLossRouter(LearnedRouter):
 
 
 class LossFreeRouter(LearnedRouter):
-    """Linear logits, balanced by a bias without any loss (arXiv 2408.15664).
+    """Linear logits, balanced by a bias and not by a loss (arXiv 2408.15664).
 
-        z, s, gates                      as LearnedRouter
+        z, s, gates, z-loss              as LearnedRouter
         S = top-K of s + b               b never enters the gates
         b_i += bias_update_rate * sign(mean(load) - load_i)      after each step"""
 

@@ -497,6 +497,12 @@ def test_the_routers_gradient_stays_float32_in_the_compiled_backward_pass(device
     assert relative_error(*gradients) < 1e-6  # 3e-3 where a product is in bfloat16
 
 
+def test_a_process_that_begins_by_compiling_can():
+    """As --bench --config=1b does; torch loads the settings of its compiler late."""
+    done = python("-c", "import torch, train; train.compiled(torch.nn.Linear(1, 1))")
+    assert done.returncode == 0, done.stderr
+
+
 # ---------------------------------------------------------------- a run
 
 ROOT = Path(train.__file__).parent
