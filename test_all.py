@@ -778,8 +778,7 @@ def test_two_processes_equal_one(router, workdir):
     assert torch.equal(one["evaluation"]["load"].sum(1), two["evaluation"]["load"].sum(1))
 
 
-@pytest.mark.parametrize("router", ["aux", "kmeans"])
-def test_two_compiled_processes_equal_one_that_is_not_compiled(router, workdir):
+def test_two_compiled_processes_equal_one_that_is_not_compiled(workdir):
     """DDP cuts the compiled graph at its gradient buckets; small ones here, so that it must.
     Back end and tolerance as in test_the_compiled_model_is_one_graph_that_equals_the_eager_one."""
     Path("compiled.py").write_text("""
@@ -790,7 +789,7 @@ class DDP(train.DDP):
         super().__init__(model, **options | {"bucket_cap_mb": 1})
 train.DDP = DDP
 train.main(sys.argv[1:])""")
-    flags = [f"--router={router}", "--n_embd=64", "--d_expert=128", "--n_layer=3",
+    flags = ["--router=aux", "--n_embd=64", "--d_expert=128", "--n_layer=3",
              "--gradient_accumulation_steps=2", "--dtype=bfloat16", "--max_iters=3"]
     done = python(*TORCHRUN, "compiled.py", *TOY, *flags, "--compile", "--out_dir=out/two")
     assert done.returncode == 0, done.stderr
