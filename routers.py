@@ -133,7 +133,8 @@ class LearnedRouter(Router):
     logsumexp(z) to 0. Its gradient at z_i is in proportion to logsumexp(z) softmax(z)_i, of one
     sign for all i: a token moves all rows along x the same way. With softmax scores, the gradients
     of the two other losses, the language model's and that of AuxLossRouter, each sum to 0 over i:
-    plain gradient descent on them leaves the sum of the rows where it was."""
+    plain gradient descent on them leaves the sum of the rows where it was. So the z-loss alone adds
+    something common to all rows, which makes them alike."""
 
     def __init__(self, config):
         super().__init__(config)

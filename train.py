@@ -153,7 +153,8 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
 def check_resume(checkpoint: dict, c: TrainConfig) -> None:
     """Raises ValueError if no step is left to do, or a setting has changed: it would be another
     run. Two changes that make a difference are allowed: of max_iters (it stretches the cosine of
-    the learning rate) and of the code. Appends them to the checkpoint's history, as [step of the change, what, the old value]."""
+    the learning rate) and of the code. Appends them to the checkpoint's history, as [step of the
+    change, what, the old value]."""
     old = checkpoint["config"]
     step = checkpoint["step"]
     for name in sorted(old.keys() & vars(c).keys() - INCIDENTAL - {"max_iters"}):
