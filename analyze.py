@@ -109,7 +109,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     about = {
         "router": c.router, "seed": settings["seed"], "step": step, "settings": settings,
         "perplexity": perplexity(evaluation["val_loss"]), "val_tokens": evaluation["val_tokens"],
-        # without the last evaluation, which is on more tokens than the others
+        # evaluations on as many tokens as the first: not those at an end of the run
         "log": [record for record in log if record.get("val_tokens") == log[0].get("val_tokens")],
         "unrouted_gradient_share_by_layer": gradient_shares(model, *next(iter(batches(1024))))}
     try:
@@ -125,7 +125,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
 def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
     """batches of idx and targets (B, T), loads (n_layer, E) -> tokens (N), the layers."""
     tokens, layers = [], []
-    with watch(model) as seen:
+    with watch(model.routers()) as seen:
         for idx, targets in batches:
             model(idx, targets)
             tokens.append(idx.flatten())
@@ -142,7 +142,7 @@ def gradient_shares(model, idx: Tensor, targets: Tensor) -> Tensor:
     """One batch (B, T) -> (n_layer): how much of the gradient at the router's logits, of loss +
     aux_loss, is on experts that the token does not go to; nan where no gradient moves the router.
     The formula: unrouted_gradient_share, below."""
-    with watch(model) as seen:
+    with watch(model.routers()) as seen:
         _, loss, aux_loss = model(idx, targets)
     routings = [layer[0][1] for layer in seen]
     logits = [routing.logits for routing in routings]                    # n_layer of (N, E)
@@ -238,8 +238,9 @@ def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor
     corpus = "".join(piece for split, piece, _ in open_corpus(dataset, None, 0.05, Path("data"))
                      if split in splits)
     cuts = np.linspace(0, len(corpus), -(-n_tokens // T) + 1, dtype=int).tolist()
-    rows = [tokenizer(corpus[start:end], truncation=True, max_length=T + 1)["input_ids"]
-            for start, end in zip(cuts, cuts[1:])]
+    # truncation comes after all is encoded: 64 characters a token are more than enough
+    rows = [tokenizer(corpus[start:end][:64 * (T + 1)], truncation=True,
+                      max_length=T + 1)["input_ids"] for start, end in zip(cuts, cuts[1:])]
     T = min(map(len, rows)) - 1
     if T < 1:
         raise ValueError(f"{dataset} is too short for {n_tokens} tokens; name another --text.")
@@ -260,26 +261,20 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
     longest = min(1024, getattr(c, "max_position_embeddings", None) or 1024)
     ids = read_sequences(tokenizer, text, n_tokens, longest)             # (B, T + 1)
     tokens = ids[:, :-1].flatten().to(device)                            # (N)
-    seen, hooks = [[] for _ in mixtures], []
-    for mixture, calls in zip(mixtures, seen):
-        def note(experts, args, calls=calls):
-            if len(args) != 3:
-                raise ValueError("its experts are not called with hidden states, selection and "
-                                 "gates: how it routes is not known here.")
-            calls.append(args)
-        hooks.append(mixture.experts.register_forward_pre_hook(note))
     loss = 0.0
-    for sequence in tqdm(ids.to(device), folder.name, **BAR):            # (T + 1)
-        logits = model(sequence[None, :-1], use_cache=False).logits[0]   # (T, V)
-        loss += F.cross_entropy(logits.float(), sequence[1:], reduction="sum").item()
-    for hook in hooks:  # else hook and module, a cycle, would keep the weights for a while
-        hook.remove()
+    with watch([mixture.experts for mixture in mixtures]) as seen:
+        for sequence in tqdm(ids.to(device), folder.name, **BAR):        # (T + 1)
+            logits = model(sequence[None, :-1], use_cache=False).logits[0]  # (T, V)
+            loss += F.cross_entropy(logits.float(), sequence[1:], reduction="sum").item()
+    if not all(len(call) == 4 for calls in seen for call in calls):
+        raise ValueError("its experts are not called with hidden states, selection and gates: how "
+                         "it routes is not known here.")
     if not math.isfinite(loss):
         raise ValueError("its loss is not finite; try --dtype=float32.")
     layers = []
     for mixture, calls in zip(mixtures, seen):
-        x, indices, gates = (torch.cat([part.flatten(0, -2) for part in parts])
-                             for parts in zip(*calls))                   # (N, C), (N, K), (N, K)
+        x, indices, gates, _ = (torch.cat([part.flatten(0, -2) for part in parts])
+                                for parts in zip(*calls))                # (N, C), (N, K), (N, K)
         logits = F.linear(x.float(), mixture.directions.float(), mixture.bias.float())  # (N, E)
         scores = router_scores(logits, indices, gates.float())           # (N, E)
         best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (N, K)
@@ -526,7 +521,8 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
     found, settings = {}, [experiment(group.runs[0]) for group in groups]
     for key in dict.fromkeys(key for one in settings for key in one):
         for group, one in zip(groups, settings):
-            if key in one or "max_iters" in one:  # an --hf model has not the settings of a training
+            # an --hf model has not the settings of a training; a run may be older than one of them
+            if key in one or "max_iters" in one:
                 value = str(one.get(key, "absent"))[:8 if key.endswith("sha256") else None]
                 found.setdefault(key, {}).setdefault(value or "none", []).append(group.label)
     return {key: labels for key, labels in found.items() if len(labels) > 1}
@@ -538,7 +534,7 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
     found = {}
     for name, run in runs.items():
         seed = f"-{run['seed']}"
-        # "/", with which no name ends: a run called aux is no seed of aux-1 and aux-2
+        # a name without its seed at the end gets a "/": a run called aux is no seed of aux-1
         base = name.removesuffix(seed) if name.endswith(seed) else f"{name}/"
         key = base, json.dumps(experiment(run), sort_keys=True)
         found.setdefault(key, []).append(name)
@@ -913,7 +909,8 @@ def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[s
         names = [name for name, _, _ in found]
         clash = len(set(names)) < len(names)  # then each run is called by its place
         runs = {place if clash else name: metrics for name, place, metrics in found}
-        if folder.suffix != ".json":  # at once: the next one may take an hour
+        # at once, as the next one may take an hour; but a metrics.json yet to be read may lie there
+        if folder.suffix != ".json":
             write_metrics(path, runs)
     if runs:
         write_metrics(path, runs)

@@ -370,15 +370,15 @@ class SMoETransformer(nn.Module):
 # ---------------------------------------------------------------- what train and analyze measure
 
 @contextmanager
-def watch(model: SMoETransformer):
-    """Yields a list for each layer, to which every forward pass adds what its router saw and said:
-    (x (N, C), Routing)."""
-    seen = [[] for _ in model.blocks]
-    hooks = []
-    for router, rows in zip(model.routers(), seen):
-        def note(router, args, routing, rows=rows):
-            rows.append((args[0], routing))
-        hooks.append(router.register_forward_hook(note))
+def watch(modules):
+    """Yields a list for each of the modules, to which every forward pass adds what it got and gave:
+    for a router (x (N, C), Routing)."""
+    seen, hooks = [], []
+    for module in modules:
+        calls = []
+        hooks.append(module.register_forward_hook(
+            lambda module, args, output, calls=calls: calls.append((*args, output))))
+        seen.append(calls)
     try:
         yield seen
     finally:
@@ -398,7 +398,7 @@ def validate(model: SMoETransformer, batches) -> tuple[float, int, Tensor]:
     loss, n = 0.0, 0
     c = model.config
     loads = torch.zeros(c.n_layer, c.n_expert, device=model.head.weight.device)
-    with watch(model) as seen:
+    with watch(model.routers()) as seen:
         for idx, targets in batches:
             loss += model(idx, targets)[1].item() * idx.numel()
             n += idx.numel()
@@ -412,7 +412,7 @@ def validate(model: SMoETransformer, batches) -> tuple[float, int, Tensor]:
 def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
     """batches of idx and targets (B, T) -> (n_layer): the rank correlation over tokens of router
     score and activation ||W_gate x||, mean over experts. The model is in eval mode."""
-    with watch(model) as seen:
+    with watch(model.routers()) as seen:
         for idx, targets in batches:
             model(idx, targets)
     coupling = []
@@ -494,7 +494,7 @@ IMPORTED = globals().get("IMPORTED") or {f: f.read_bytes() for f in FILES if f.e
 
 def file_of(module: str) -> Path:
     """The source file of a module, by its name; of one without a file, as a notebook, the current
-    folder, which is no file."""
+    folder, a Path of which is_file() is False."""
     return Path(getattr(sys.modules.get(module), "__file__", None) or "").resolve()
 
 
@@ -522,6 +522,7 @@ def own_code(router: str) -> dict[str, bytes]:
         library = (name.split(".")[0] in sys.stdlib_module_names
                    or {"site-packages", "dist-packages"} & set(file.parts))
         if name in sys.modules and not library and file not in FILES:
+            # a file comes once, of a notebook each cell that defines a part
             source, known = source_of(part), own.get(name, b"")
             own[name] = known if source in known else known + source
     return own
@@ -616,7 +617,7 @@ def main(argv: list[str]) -> None:
     ids = idx[0].tolist()
     if not sys.stdout.isatty():
         return print(args.start, printable(tokenizer, ids[len(start):]), sep=" | ")
-    with torch.no_grad(), watch(model.eval()) as seen:
+    with torch.no_grad(), watch(model.eval().routers()) as seen:
         # read again for the colours, in separate windows: beyond block_size tokens, with less
         # context than the model had as it wrote
         for window in idx.split(model.config.block_size, dim=1):

@@ -90,11 +90,11 @@ def open_corpus(dataset, glob, val_fraction, data_root):
     if dataset == "fineweb-edu":
         return stream_fineweb_edu(val_fraction)
     if dataset in ("stdlib", "python"):
-        tests = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-        paths = find_files(sysconfig.get_path("stdlib"), "*.py", skip=tests)
+        tests, packages = {"test", "tests", "idle_test"}, {"site-packages", "dist-packages"}
+        paths = find_files(sysconfig.get_path("stdlib"), "*.py", skip=tests | packages)
         if dataset == "python":  # wherever packages are imported from: venv, user, system
-            for root in dict.fromkeys(sys.path):
-                paths += find_files(root, "*.py") if root.endswith("-packages") else []
+            for root in map(Path, dict.fromkeys(sys.path)):
+                paths += find_files(root, "*.py") if root.name in packages else []
     elif dataset == "shakespeare":
         paths = [download_shakespeare(data_root / "tinyshakespeare.txt")]
     elif path.is_file():
@@ -175,17 +175,16 @@ def read_single(path, val_fraction):
 
 
 def download_shakespeare(path):
-    """-> `path`, fetched unless it is there. ValueError: it is not the right file."""
+    """-> `path`, fetched unless it is there. ValueError: not to be had, or not the right file."""
     url = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
            "input.txt")
     try:
         content = path.read_bytes() if path.exists() else urlopen(url, timeout=30).read()
+        if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+            raise ValueError("another SHA-256 than the known file")
     except Exception as error:  # whatever the HTTP layers raise
-        raise ValueError(f"{url} could not be fetched ({error}): save it as {path} by hand and run "
-                         "the same command again.") from error
-    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-        raise ValueError(f"{path} is not what {url} had: it has another SHA-256; save that there "
-                         "by hand and run the same command again.")
+        raise ValueError(f"{path} could not be made from {url} ({error}): save that there by hand "
+                         "and run the same command again.") from error
     if not path.exists():
         path.write_bytes(content)
     return path
@@ -280,7 +279,7 @@ def write_tokens(pieces, enc, folder, val_fraction, max_tokens):
                 sha256[split].update(ids)
                 n[split] += len(ids)
                 counts["documents"] += ends
-                if n == limit:  # both files are full; a document that was cut short counts, too
+                if n == limit:  # both files are full; this document counts, even if it was cut short
                     counts["documents"] += not ends
                     break
     return {"vocab_size": enc.n_vocab, "dtype": dtype.name, "n_train": n["train"],
@@ -370,9 +369,12 @@ def cli(main):
     """Runs main(argv) as a command: a user's mistake or a full disk is one sentence on stderr."""
     with suppress(AttributeError):  # a text may hold what the terminal cannot show
         sys.stdout.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as well
     try:
         return main(sys.argv[1:])
     except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) and not str(error).endswith("."):
+            raise  # no sentence of this project: a bug, perhaps in a router of yours
         sentence, code = error, 2
     except (MemoryError, RuntimeError) as error:
         out_of_memory = re.search("(out of|allocate) memory", str(error))
@@ -419,7 +421,6 @@ def main(argv):
     parser.add_argument("--glob", help="which files of a folder, by name, for example '*.md'")
     parser.add_argument("--max_tokens", type=int, metavar="N",
                         help="the most tokens to write, both files together (default: all)")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as well
     prepare(**vars(parser.parse_args(argv)))
 
 

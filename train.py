@@ -84,8 +84,10 @@ class TrainConfig(Config):
         for name in ("batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval",
                      "eval_tokens", "final_eval_tokens", "log_interval", "learning_rate"):
             self.check(getattr(self, name) > 0, name, "positive")
-        for name in ("seed", "warmup_iters", "grad_clip"):
-            self.check(getattr(self, name) >= 0, name, "0 or more")
+        for name in ("seed", "warmup_iters", "grad_clip", "weight_decay"):
+            self.check(0 <= getattr(self, name) < 2**63, name, "from 0 to below 2**63")
+        for name in ("beta1", "beta2"):
+            self.check(0 <= getattr(self, name) < 1, name, "from 0 to below 1")
         self.check(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), "device",
                    "auto, cpu, cuda or cuda:N")
         self.check(self.dtype in ("auto", "float32", "bfloat16"), "dtype",
@@ -151,10 +153,9 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
 
 
 def check_resume(checkpoint: dict, c: TrainConfig) -> None:
-    """Raises ValueError if no step is left to do, or a setting has changed: it would be another
-    run. Two changes that make a difference are allowed: of max_iters (it stretches the cosine of
-    the learning rate) and of the code. Appends them to the checkpoint's history, as [step of the
-    change, what, the old value]."""
+    """Raises ValueError if no step is left to do, or if a setting has changed that makes it another
+    run. Another max_iters (it stretches the cosine of the learning rate) and edited code are
+    allowed, and appended to the checkpoint's history: [step of the change, what, old value]."""
     old = checkpoint["config"]
     step = checkpoint["step"]
     for name in sorted(old.keys() & vars(c).keys() - INCIDENTAL - {"max_iters"}):
@@ -262,7 +263,9 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     the processes; the coupling on 2,048, the same for each process. Means are over layers."""
     where = dict(block_size=c.block_size, batch_size=c.batch_size, device=machine.device)
     model.eval()
-    with machine.autocast:
+    # what a router of your own draws here at random leaves the training as it was
+    cuda = [machine.device.index] if machine.device.type == "cuda" else []
+    with machine.autocast, torch.random.fork_rng(cuda):
         loss, n, loads = validate(model, eval_batches(
             data, n_tokens, rank=machine.rank, world_size=machine.world_size, **where))
         coupling = coupling_spearman(model, eval_batches(data, 2048, **where))
