@@ -566,8 +566,8 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})."
                          ) from None
     if router not in ROUTERS:
-        raise ValueError(f"{path} is of {router!r}, a router that is not registered here; type "
-                         "what its run said at its end, which imports your code first.")
+        raise ValueError(f"{path} is of {router!r}, a router that is not registered here; import "
+                         "your code first, as the command does that its run said at its end.")
     if checkpoint["code_sha256"] != code_sha256(router):
         print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
               "prepare_data.py, train.py or your own): its numbers may belong to neither.",

@@ -279,7 +279,7 @@ def write_tokens(pieces, enc, folder, val_fraction, max_tokens):
                 sha256[split].update(ids)
                 n[split] += len(ids)
                 counts["documents"] += ends
-                if n == limit:  # both files are full; this document counts, even if it was cut short
+                if n == limit:  # both are full; this document counts, even if it was cut short
                     counts["documents"] += not ends
                     break
     return {"vocab_size": enc.n_vocab, "dtype": dtype.name, "n_train": n["train"],

@@ -644,10 +644,14 @@ def test_a_resumed_run_lets_go_of_the_checkpoint_that_it_will_replace(workdir):
 
 
 class NoisyRouter(ROUTERS["kmeans"]):
-    """It draws noise in evaluations, too."""
+    """It draws noise, in evaluations, too, and never takes the first expert."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("mask", torch.tensor([-math.inf] + [0.0] * (config.n_expert - 1)))
 
     def select(self, scores):
-        return super().select(scores + torch.rand_like(scores))
+        return super().select(scores + torch.rand_like(scores) + self.mask)
 
 
 def test_what_a_router_draws_at_random_in_evaluations_changes_nothing_in_the_training(
@@ -917,6 +921,18 @@ def test_resume_refuses_data_that_were_prepared_from_another_corpus(workdir):
     assert "data/toy is not the data" in refusal(resume, "--max_iters=9")
 
 
+def test_a_run_that_has_gone_on_since_it_was_loaded_is_not_taken_back(workdir, monkeypatch):
+    def late(out_dir, c):  # another process goes on with it before this one has the lock
+        monkeypatch.setattr(train, "claim", claim)
+        resume("--max_iters=6")
+        return claim(out_dir, c)
+    claim = train.claim
+    run_train("--out_dir=out/a", "--max_iters=3")
+    monkeypatch.setattr(train, "claim", mock.Mock(side_effect=late))
+    assert "has gone on meanwhile" in refusal(resume, "--max_iters=6")
+    assert checkpoint_of("out/a")["step"] == 6
+
+
 def test_a_folder_that_holds_a_run_or_is_in_use_by_one_is_refused(workdir):
     with train.claim(Path("out/a"), train.TrainConfig()):
         assert "another process writes to out/a right now" in refusal(
@@ -951,6 +967,7 @@ def test_a_field_that_was_added_to_config_since_has_its_default(workdir):
     del state["config"]["z_loss_coef"]
     torch.save(state, "out/a/ckpt.pt")
     assert load_checkpoint("out/a/ckpt.pt")[0].config.z_loss_coef == 0
+    assert "z_loss_coef = 0.0" in refusal(resume, "--z_loss_coef=0.1", "--max_iters=6")
 
 
 def test_help_names_every_field_with_its_comment_and_default(capsys):
@@ -1809,6 +1826,15 @@ def test_a_mixture_in_transformers_is_measured_from_its_own_tensors(kind, tmp_pa
     assert math.log(run.about["perplexity"]) == pytest.approx(loss, rel=1e-4)
 
 
+def test_nearly_even_gates_are_not_taken_for_those_of_other_logits():
+    logits, others = torch.randn(2, 100, 64) * 0.1                                     # (N, E) each
+    chosen, indices = logits.topk(8)                                                   # (N, K) each
+    gates = chosen.softmax(-1)
+    assert analyze.router_scores(logits, indices, gates).equal(logits.softmax(-1))
+    with pytest.raises(ValueError, match="how it routes is not known here"):
+        analyze.router_scores(others, indices, gates)
+
+
 def as_qwen3_moe(model):
     """Our model as transformers' Qwen3-MoE: the block is the same, the names are not."""
     c = model.config
@@ -2074,7 +2100,7 @@ def test_a_run_of_an_own_router_says_commands_that_know_it(monkeypatch):
     monkeypatch.setitem(ROUTERS, "mine", type("Mine", (), {"__module__": "__main__"}))
     assert train.command("train", "aux", "--out_dir=my run") == "python train.py '--out_dir=my run'"
     assert train.command("analyze", "mine", "out/mine") == (
-        "python -c 'import my_router, analyze; analyze.cli(analyze.main)' out/mine")
+        "python -c '__import__(\"my_router\"); import analyze; analyze.cli(analyze.main)' out/mine")
 
 
 def test_every_link_and_every_file_that_the_documents_name_is_there():

@@ -156,9 +156,10 @@ def check_resume(checkpoint: dict, c: TrainConfig) -> None:
     """Raises ValueError if no step is left to do, or if a setting has changed that makes it another
     run. Another max_iters (it stretches the cosine of the learning rate) and edited code are
     allowed, and appended to the checkpoint's history: [step of the change, what, old value]."""
-    old = checkpoint["config"]
+    # a field that you have added to the code since was at its default
+    old = {field.name: field.default for field in fields(c)} | checkpoint["config"]
     step = checkpoint["step"]
-    for name in sorted(old.keys() & vars(c).keys() - INCIDENTAL - {"max_iters"}):
+    for name in sorted(vars(c).keys() - INCIDENTAL - {"max_iters"}):
         if old[name] != getattr(c, name):
             raise ValueError(f"the run in {c.out_dir} was trained with {name} = {old[name]!r} and "
                              f"cannot go on with {getattr(c, name)!r}; start another one.")
@@ -362,7 +363,8 @@ def check_finite(record: dict, model, path: Path) -> None:
     """Ends a run that has diverged before it saves anything. The loss is from before the step, so
     it can be fine where the weights are not."""
     losses = [record[key] for key in ("train_loss", "val_loss") if key in record]
-    weights = all(values.isfinite().all() for values in model.state_dict().values())
+    weights = (all(p.isfinite().all() for p in model.parameters())
+               and not any(b.isnan().any() for b in model.buffers()))  # -inf may be a mask
     if not (weights and all(map(math.isfinite, losses))):
         raise ValueError(f"loss or weights are not finite at step {record['step']}; the last good "
                          f"checkpoint, if any, is {path}. Try a lower --learning_rate or a longer "
@@ -478,7 +480,9 @@ def command(script: str, router: str, *flags: str) -> str:
            for module in own_code(router)]
     if not own:
         return shlex.join(["python", f"{script}.py", *flags])
-    call = f"import {', '.join([*own, script])}; {script}.cli({script}.main)"
+    # __import__ takes a file called my-router.py, too
+    own = "".join(f'__import__("{module}"); ' for module in own)
+    call = f"{own}import {script}; {script}.cli({script}.main)"
     return shlex.join(["python", "-c", call, *flags])
 
 
@@ -490,6 +494,10 @@ def restore(loaded: tuple, data, device, c: TrainConfig) -> tuple:
                                "val.bin": checkpoint["val_sha256"]}:
         raise ValueError(f"data/{c.dataset} is not the data that the run in {c.out_dir} was "
                          "trained on; prepare that again, or start another run.")
+    # it was loaded before the folder was locked: by now, another process may have gone on
+    path = Path(c.out_dir, "ckpt.pt")
+    if torch.load(path, mmap=True, weights_only=True)["step"] != checkpoint["step"]:
+        raise ValueError(f"the run in {c.out_dir} has gone on meanwhile; try again.")
     optimizer = make_optimizer(model, c)
     optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))  # it keeps what it is given
     torch.set_rng_state(checkpoint["rng"])  # for the sample at the end: batches do not need it
