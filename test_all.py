@@ -1459,7 +1459,7 @@ def test_a_run_knows_the_code_that_replaces_some_of_the_project(place, name, mon
         replace = functools.partial(replace)
     monkeypatch.setattr(place, name, replace)
     assert model.code_sha256("aux") != plain
-    assert "import test_all, train" in train.command("train", "aux", "--resume")
+    assert '__import__("test_all"); import train' in train.command("train", "aux", "--resume")
 
 
 def test_code_that_was_edited_after_its_import_is_refused(workdir, monkeypatch):
