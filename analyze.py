@@ -589,6 +589,8 @@ def differing_settings(groups: list[Group]) -> str:
     line = f"Settings that differ: {'; '.join(parts) or 'none but router or seed'}."
     if OTHER_TEXT & found.keys():
         line += " So perplexities are of different texts or windows, and not comparable."
+    if "eval_tokens" in found:
+        line += " So training.png shows perplexity and balance on different texts."
     return line
 
 
@@ -707,7 +709,7 @@ def draw_similarity(fig, groups) -> None:
         np.fill_diagonal(cosines, np.nan)  # always 1: grey
         image = ax.imshow(cosines, vmin=-scale, vmax=scale, cmap="RdBu_r")
         ax.set_title(group.title(), fontsize=10)
-        ax.set(xticks=[], yticks=[], ylabel="expert", facecolor="0.6", xlabel="expert\nall layers: "
+        ax.set(xticks=[], yticks=[], ylabel="expert", facecolor="0.6", xlabel="expert\nall layers and seeds: "
                f"mean |cosine| {group.mean('router_similarity'):.3f}\n"
                f"(chance: {group.mean('router_similarity_chance'):.3f}), "
                f"mean {group.mean('router_similarity_signed'):+.3f}")

@@ -563,7 +563,7 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
         raise ValueError(f"{path} is not there; name the folder of a run.") from None
     except Exception as error:  # a damaged file can raise nearly anything
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})."
+        raise ValueError(f"{path} is damaged, or no checkpoint of the code as it is now ({reason})."
                          ) from None
     if router not in ROUTERS:
         raise ValueError(f"{path} is of {router!r}, a router that is not registered here; import "

@@ -632,6 +632,14 @@ def test_a_run_that_goes_on_beyond_its_plan_says_so_and_keeps_its_first_result(w
     assert checkpoint_of("out/a/step-3")["evaluation"]
 
 
+def test_what_was_kept_and_has_gone_on_since_is_not_replaced(workdir):
+    run_train("--out_dir=out/a", "--max_iters=3")
+    shutil.copytree("out/a", "out/a/step-3")  # kept by a resume that was killed at once
+    resume("--out_dir=out/a/step-3", "--max_iters=6")
+    resume("--max_iters=9")
+    assert checkpoint_of("out/a/step-3")["step"] == 6 == len(read_log("out/a/step-3")) - 1
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_a_resumed_run_lets_go_of_the_checkpoint_that_it_will_replace(workdir):
     run_train("--out_dir=out/a", "--max_iters=3")

@@ -518,10 +518,12 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
         # check_resume has just noted other code or another max_iters: keep what the run was
         if machine.rank == 0 and any(changed == step for changed, *_ in history):
             kept = out_dir / f"step-{step}"
-            kept.mkdir(exist_ok=True)
-            shutil.copy(out_dir / "ckpt.pt", kept)
-            write_log(kept / "log.jsonl", records, anew=True)
-            print(f"The run as it was at step {step} is kept in {kept}.")
+            if not (kept / "ckpt.pt").exists():  # else of an earlier try; it may have gone on since
+                kept.mkdir(exist_ok=True)
+                write_log(kept / "log.jsonl", records, anew=True)
+                shutil.copy(out_dir / "ckpt.pt", kept / "ckpt.tmp")
+                os.replace(kept / "ckpt.tmp", kept / "ckpt.pt")
+                print(f"The run as it was at step {step} is kept in {kept}.")
     else:
         model = SMoETransformer(c).to(machine.device)
         optimizer = make_optimizer(model, c)
