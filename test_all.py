@@ -1411,7 +1411,7 @@ def test_runs_of_one_name_that_differ_in_the_seed_alone_are_one_group_and_no_cop
 
 @pytest.mark.parametrize("change", [
     {"data_sha256": "b"}, {"code_sha256": "b"}, {"step": 3}, {"top_k": 4}, {"tokens": 4096},
-    {"val_sha256": "b"}, {"history": "[[3, 3]]"}])
+    {"val_sha256": "b"}, {"eval_tokens": 64}, {"history": "[[3, 3]]"}])
 def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(change):
     groups = analyze.group_runs({"aux-1": a_run(), "aux-2": a_run(seed=2, **change)})
     assert [group.label for group in groups] == ["aux-1", "aux-2"]  # not both `aux`
@@ -1420,6 +1420,7 @@ def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(chan
     shown = {"step": "steps done", "tokens": "tokens seen"}.get(name, name)
     assert f"{shown} {value} (aux-2)" in line
     assert ("not comparable" in line) == (name == "val_sha256")
+    assert ("training.png" in line) == (name == "eval_tokens")
 
 
 def test_edited_code_is_another_experiment_and_a_run_of_it_is_not_measured_without_a_word(
