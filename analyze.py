@@ -276,8 +276,8 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
         raise ValueError("its loss is not finite; try --dtype=float32.")
     layers = []
     for mixture, calls in zip(mixtures, seen):
-        x, indices, gates, _ = (torch.cat([part.flatten(0, -2) for part in parts])
-                                for parts in zip(*calls))                # (N, C), (N, K), (N, K)
+        x, indices, gates = (torch.cat([part.flatten(0, -2) for part in parts])
+                             for parts in [*zip(*calls)][:3])            # (N, C), (N, K), (N, K)
         logits = F.linear(x.float(), mixture.directions.float(), mixture.bias.float())  # (N, E)
         scores = router_scores(logits, indices, gates.float())           # (N, E)
         best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (N, K)
@@ -709,8 +709,8 @@ def draw_similarity(fig, groups) -> None:
         np.fill_diagonal(cosines, np.nan)  # always 1: grey
         image = ax.imshow(cosines, vmin=-scale, vmax=scale, cmap="RdBu_r")
         ax.set_title(group.title(), fontsize=10)
-        ax.set(xticks=[], yticks=[], ylabel="expert", facecolor="0.6", xlabel="expert\nall layers and seeds: "
-               f"mean |cosine| {group.mean('router_similarity'):.3f}\n"
+        ax.set(xticks=[], yticks=[], ylabel="expert", facecolor="0.6", xlabel="expert\n"
+               f"all layers and seeds: mean |cosine| {group.mean('router_similarity'):.3f}\n"
                f"(chance: {group.mean('router_similarity_chance'):.3f}), "
                f"mean {group.mean('router_similarity_signed'):+.3f}")
     fig.colorbar(image, ax=axes, label="cosine of two router directions", shrink=0.7)

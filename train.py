@@ -85,7 +85,8 @@ class TrainConfig(Config):
                      "eval_tokens", "final_eval_tokens", "log_interval", "learning_rate"):
             self.check(getattr(self, name) > 0, name, "positive")
         for name in ("seed", "warmup_iters", "grad_clip", "weight_decay"):
-            self.check(0 <= getattr(self, name) < 2**63, name, "from 0 to below 2**63")
+            self.check(getattr(self, name) >= 0, name, "0 or more")
+        self.check(self.seed < 2**63, "seed", "below 2**63")
         for name in ("beta1", "beta2"):
             self.check(0 <= getattr(self, name) < 1, name, "from 0 to below 1")
         self.check(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), "device",
