@@ -33,9 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, ROUTERS, check_code, code_sha256, expert_activations, expert_colors, load_balance,
-    load_checkpoint, perplexity, read_log, router_cosines, router_similarity, spearman, validate,
-    watch)
+    INCIDENTAL, code_sha256, expert_activations, expert_colors, load_balance, load_checkpoint,
+    perplexity, read_log, router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable, unused,
     visible)
@@ -948,8 +947,6 @@ def report(runs: dict[str, dict], path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    for router in ROUTERS:
-        check_code(router)
     sources = [*args.run, *args.hf] or sorted(
         path.parent for path in Path("out").glob("*/ckpt.pt")
         if not re.search(r"\.old\d+$", path.parent.name))  # what train.py --overwrite put aside

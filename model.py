@@ -13,7 +13,6 @@ RMSNorm on each head of q and k, no biases, no dropout, an untied head. No exper
 above which it drops tokens, as in some mixtures: every token reaches its K experts."""
 import colorsys
 import hashlib
-import inspect
 import json
 import math
 import sys
@@ -486,62 +485,29 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 # differ in nothing else count as the same experiment
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_interval",
               "log_interval"}
-FILES = [Path(__file__).resolve().with_name(f"{name}.py")
-         for name in ("routers", "model", "prepare_data", "train")]
-# of the first import: to reload this module alone must not hide an edit
-IMPORTED = globals().get("IMPORTED") or {f: f.read_bytes() for f in FILES if f.exists()}
+# the files that make a run what it is, as they were imported: they may be edited later
+CODE = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes()
+                for name in ("routers", "model", "prepare_data", "train"))
 
 
-def file_of(module: str) -> Path:
-    """The source file of a module, by its name; of one without a file, as a notebook, the current
-    folder, a Path of which is_file() is False."""
-    return Path(getattr(sys.modules.get(module), "__file__", None) or "").resolve()
+@cache  # as it was when the class was first looked at
+def source_of(cls) -> bytes:
+    """The file that defines a class. In a notebook there is none, so each time that a cell defines
+    the class anew counts as other code."""
+    file = getattr(sys.modules[cls.__module__], "__file__", None)
+    return Path(file).read_bytes() if file else uuid4().bytes
 
 
-@cache  # as it was when the class or function was first looked at: the file may be edited later
-def source_of(part) -> bytes:
-    """The file that defines a class or function. In a notebook there is none, so each time that a
-    cell defines it anew counts as other code."""
-    file = file_of(part.__module__)
-    return file.read_bytes() if file.is_file() else uuid4().bytes
-
-
-def own_code(router: str) -> dict[str, bytes]:
-    """{module: its source} of your code in a run: the modules that define the router or one of its
-    base classes, and those that define what has replaced a function, class or method of FILES, as
-    after train.learning_rate = my_rate or SMoE.forward = my_forward."""
-    parts, own = list(ROUTERS[router].__mro__), {}
-    for module in [name for name in list(sys.modules) if file_of(name) in FILES]:
-        parts += vars(sys.modules[module]).values()
-    for cls in filter(inspect.isclass, list(parts)):
-        parts += [getattr(member, "fget", member) for member in vars(cls).values()]  # of a property
-    for part in parts:
-        part = getattr(part, "func", part)  # of a functools.partial
-        name = getattr(part, "__module__", None) or "builtins"
-        file = file_of(name)
-        library = (name.split(".")[0] in sys.stdlib_module_names
-                   or {"site-packages", "dist-packages"} & set(file.parts))
-        if name in sys.modules and not library and file not in FILES:
-            # a file comes once, of a notebook each cell that defines a part
-            source, known = source_of(part), own.get(name, b"")
-            own[name] = known if source in known else known + source
-    return own
+def own_code(router: str) -> list[tuple[str, bytes]]:
+    """(module, source) of your code in a run: what defines the router or one of its bases."""
+    known = sys.stdlib_module_names | {"torch", "routers"}
+    return list(dict.fromkeys((cls.__module__, source_of(cls)) for cls in ROUTERS[router].__mro__
+                              if cls.__module__.split(".")[0] not in known))
 
 
 def code_sha256(router: str) -> str:
     """Of the code that makes a run what it is, beside its settings."""
-    code = [*IMPORTED.values(), *sorted(own_code(router).values())]
-    return hashlib.sha256(b"".join(code)).hexdigest()
-
-
-def check_code(router: str) -> None:
-    """Raises ValueError if a file of the code was edited after it was imported, as in a notebook:
-    what runs may be the old code, or with autoreload the new, and no hash would say which."""
-    own = {file_of(name): source for name, source in own_code(router).items()}
-    for file, source in (IMPORTED | own).items():
-        if file.is_file() and file.read_bytes() != source:
-            raise ValueError(f"{file} was edited after this Python had imported it, so which code "
-                             "runs is not known; start Python anew.")
+    return hashlib.sha256(CODE + b"".join(source for _, source in own_code(router))).hexdigest()
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:

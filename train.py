@@ -33,7 +33,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, Config, SMoETransformer, check_code, code_sha256, coupling_spearman, load_balance,
+    INCIDENTAL, Config, SMoETransformer, code_sha256, coupling_spearman, load_balance,
     load_checkpoint, own_code, perplexity, read_log, router_similarity, validate)
 from prepare_data import (
     Parser, cli, eval_batches, get_batch, get_tokenizer, lock, open_dataset, prepare,
@@ -477,8 +477,8 @@ def finish(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
 
 def command(script: str, router: str, *flags: str) -> str:
     """What the user types next; it imports the user's own code first."""
-    own = [Path(sys.argv[0]).stem if module == "__main__" else module
-           for module in own_code(router)]
+    own = dict.fromkeys(Path(sys.argv[0]).stem if module == "__main__" else module
+                        for module, _ in own_code(router))
     if not own:
         return shlex.join(["python", f"{script}.py", *flags])
     # __import__ takes a file called my-router.py, too
@@ -616,7 +616,6 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
 
 def main(argv: list[str]) -> None:
     c, loaded = parse_args(argv)
-    check_code(c.router)
     if c.bench:
         return bench(c)
     machine = set_up(c)
