@@ -33,19 +33,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, code_sha256, expert_activations, expert_colors, load_balance, load_checkpoint,
-    perplexity, read_log, router_cosines, router_similarity, spearman, validate, watch)
+    CODE, INCIDENTAL, expert_activations, expert_colors, load_balance, load_checkpoint, perplexity,
+    read_log, router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable, unused,
     visible)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
-CODE = Path(__file__).read_bytes()  # as it was imported
-
-
-def analyze_sha256(router: str) -> str:
-    """Of all code that a measurement depends on: numbers of different code are not averaged."""
-    return hashlib.sha256(CODE + code_sha256(router).encode()).hexdigest()
+# of the code as it was imported: numbers that different code has measured are not averaged
+ANALYZE_SHA256 = hashlib.sha256(CODE + Path(__file__).read_bytes()).hexdigest()
 
 
 def warn(sentence: str) -> None:
@@ -82,7 +78,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     c = model.config
     step, evaluation = checkpoint["step"], checkpoint["evaluation"]
     settings = checkpoint["config"] | {
-        "analyze_sha256": analyze_sha256(c.router), "history": ", ".join(  # a --resume's changes
+        "analyze_sha256": ANALYZE_SHA256, "history": ", ".join(  # a --resume's changes
             f"{what} was {str(old)[:8]} to step {end}" for end, what, old in checkpoint["history"])}
     settings |= {key: checkpoint[key] for key in ("data_sha256", "val_sha256", "code_sha256")}
     log = [record for record in read_log(folder / "log.jsonl")
@@ -145,7 +141,7 @@ def gradient_shares(model, idx: Tensor, targets: Tensor) -> Tensor:
         _, loss, aux_loss = model(idx, targets)
     routings = [layer[0][1] for layer in seen]
     logits = [routing.logits for routing in routings]                    # n_layer of (N, E)
-    if not (model.routers()[0].directions.requires_grad and logits[0].requires_grad):
+    if not model.routers()[0].directions.requires_grad:
         return torch.full((len(logits),), math.nan)  # centroids: what passes goes to x alone
     gradients = torch.autograd.grad(loss + aux_loss, logits, materialize_grads=True)
     return torch.stack([unrouted_gradient_share(gradient, routing.indices)
@@ -187,8 +183,10 @@ def find_mixtures(model) -> list[Mixture]:
         for key, weight in beside.items():  # many call their router "gate"
             if weight.shape == (E, both.shape[2]) and key.startswith(("gate.", "router.")):
                 bias = beside.get(key.removesuffix("weight") + "bias", weight.new_zeros(E))
-                found.append(Mixture(int(re.search(r"\d+", name)[0]), experts, weight.detach(),
-                                     bias.detach(), both[:, half], b_gate[:, half]))
+                depth = re.search(r"\d+", name)
+                found.append(Mixture(int(depth[0]) if depth else len(found), experts,
+                                     weight.detach(), bias.detach(), both[:, half],
+                                     b_gate[:, half]))
     return found
 
 
@@ -237,7 +235,7 @@ def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor
     the validation documents of the data set stdlib); shorter than T where the text is short."""
     dataset, T = text or "stdlib", min(T, n_tokens)
     splits = ("train", "val") if text else ("val",)
-    corpus = "".join(piece for split, piece, _ in open_corpus(dataset, None, 0.05, Path("data"))
+    corpus = "".join(piece for split, piece in open_corpus(dataset, None, 0.05, Path("data"))
                      if split in splits)
     cuts = np.linspace(0, len(corpus), -(-n_tokens // T) + 1, dtype=int).tolist()
     # truncation comes after all is encoded: 64 characters a token are more than enough
@@ -291,7 +289,7 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
 
     (E, H, C), K = mixtures[0].w_gate.shape, layers[0].indices.shape[1]
     settings = {
-        "analyze_sha256": analyze_sha256("none"), "router": c.model_type,
+        "analyze_sha256": ANALYZE_SHA256, "router": c.model_type,
         "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
         "dtype": str(model.dtype).removeprefix("torch."), "n_embd": C, "n_expert": E, "top_k": K,
         "d_expert": H, "block_size": ids.shape[1] - 1,
@@ -892,27 +890,25 @@ def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[s
     if path.exists():  # it may hold hours of measuring
         kept = unused(path.parent, "metrics.old-", ".json")
         shutil.copy(path, kept)
-    found, runs = [], {}
+    runs = {}
     # a metrics.json is read first: it may be the one that is then replaced
     for source in sorted(sources, key=lambda source: source.suffix != ".json"):
         folder = source.expanduser()
         try:
             if folder.suffix == ".json":
-                found += [(name, f"{source}/{name}", metrics)
-                          for name, metrics in read_metrics(folder).items()]
+                found = read_metrics(folder)
             else:
                 seen = (observe_hf(folder, args.text, args.tokens, args.device, args.dtype)
                         if source in args.hf else observe_run(folder, args.tokens, args.device))
                 if len(seen.tokens) < args.tokens:
                     warn(f"{source} saw {len(seen.tokens)} tokens, not {args.tokens}: the text is "
                          "too short.")
-                found.append((folder.resolve().name, str(source), measure(seen)))
+                found = {folder.resolve().name: measure(seen)}
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: also out of memory
             warn(f"{source} is left out: {' '.join(str(error).split())}")  # on one line
             continue
-        names = [name for name, _, _ in found]
-        clash = len(set(names)) < len(names)  # then each run is called by its place
-        runs = {place if clash else name: metrics for name, place, metrics in found}
+        for name, metrics in found.items():  # the second of one name is called by its place
+            runs[f"{source}/{name}" if name in runs else name] = metrics
         # at once, as the next one may take an hour; but a metrics.json yet to be read may lie there
         if folder.suffix != ".json":
             write_metrics(path, runs)

@@ -415,11 +415,13 @@ def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
         for idx, targets in batches:
             model(idx, targets)
     coupling = []
-    for block, layer in zip(model.blocks, seen):
-        x = torch.cat([x for x, _ in layer]).float()                     # (N, C)
-        scores = torch.cat([routing.scores for _, routing in layer])     # (N, E)
-        activation, = expert_activations(x, block.moe.w_gate)            # (N, E)
-        coupling.append(spearman(scores, activation).nanmean())
+    # the model may run in bfloat16, but the norms are measured in float32, as in analyze.py
+    with torch.autocast(model.head.weight.device.type, enabled=False):
+        for block, layer in zip(model.blocks, seen):
+            x = torch.cat([x for x, _ in layer]).float()                 # (N, C)
+            scores = torch.cat([routing.scores for _, routing in layer])  # (N, E)
+            activation, = expert_activations(x, block.moe.w_gate)        # (N, E)
+            coupling.append(spearman(scores, activation).nanmean())
     return torch.stack(coupling)
 
 
@@ -521,9 +523,9 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
             checkpoint[key]  # KeyError if it is missing
         router = checkpoint["config"]["router"]
         if router in ROUTERS:
-            model = SMoETransformer(Config(**{  # default: you have added the field since
-                field.name: checkpoint["config"].get(field.name, field.default)
-                for field in fields(Config)}))
+            names = {field.name for field in fields(Config)}  # a newer field has its default
+            model = SMoETransformer(Config(**{
+                name: value for name, value in checkpoint["config"].items() if name in names}))
             model.load_state_dict(checkpoint["model"])
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not there; name the folder of a run.") from None

@@ -5,7 +5,7 @@
     python prepare_data.py --dataset=notes --glob='*.md' --name=md  # a folder of texts -> data/md
 
 writes data/<name>/train.bin and val.bin (token ids, little-endian) and meta.json (what they are).
-A corpus flows through in pieces of text, so memory does not grow with the length of the texts."""
+A corpus flows through in pieces, so memory does not grow with the length of the texts."""
 import argparse
 import hashlib
 import json
@@ -75,13 +75,12 @@ def visible(text):
     return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
 
 
-# ---------------------------------------------------------------- a corpus as pieces of text
-# A piece is (split, text, ends): `split` is "train" or "val"; `text` is a document, or the next
-# part of one; `ends` says whether it is the last part. The splits "broken" and "duplicate" are
-# counted and left out.
+# ---------------------------------------------------------------- a corpus as documents
+# A document is (split, text), `split` "train" or "val"; the splits "broken" and "duplicate" are
+# counted and left out. A file longer than PIECE makes several.
 
 def open_corpus(dataset, glob, val_fraction, data_root):
-    """-> generator of the pieces of a built-in data set, or of a text file or folder."""
+    """-> generator of the documents of a built-in data set, or of a text file or folder."""
     path = Path(dataset).expanduser()
     if glob and (dataset in DATASETS or not path.is_dir()):
         raise ValueError(f"--glob picks files inside a folder, but {dataset} is not a folder.")
@@ -138,40 +137,37 @@ def split_of(digest, val_fraction):
 
 
 def read_documents(paths, val_fraction):
-    """Yields the pieces of several files: each file is a document, or several where it is longer
-    than PIECE, and each document goes to one split. (So even a few large files fill both.)"""
+    """Yields the documents of several files, each for one split: so even a few large files fill
+    both."""
     seen = set()
     for path in paths:
         try:  # to read it all, so that a file with a broken part is left out whole
             for text in read_text(path):
                 pass
         except (OSError, UnicodeDecodeError):
-            yield "broken", "", True
+            yield "broken", ""
             continue
         for text in read_text(path):
             digest = hashlib.sha256(text.encode()).digest()
             copy = digest in seen  # a symbolic link, a vendored package
-            yield "duplicate" if copy else split_of(digest, val_fraction), text, True
+            yield "duplicate" if copy else split_of(digest, val_fraction), text
             seen.add(digest)
 
 
 def read_single(path, val_fraction):
-    """Yields the pieces of the only file, a document whose first 1 - val_fraction of the characters
-    are train and the rest val. The cut moves on to the next line end in its piece of text."""
+    """Yields the documents of the only file: the first 1 - val_fraction of its characters are train
+    and the rest val. The cut moves on to the next line end."""
     try:
         left = int(sum(map(len, read_text(path))) * (1 - val_fraction))  # characters of train
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it.") from error
     for text in read_text(path):
-        if 0 < left <= len(text):
-            # behind the next line end, if there is one before the last character: val gets some
-            cut = text.find("\n", left - 1, -1) + 1 or left
-            yield "train", text[:cut], False
-            yield "val", text[cut:], False
-        else:
-            yield "train" if left > 0 else "val", text, False
+        cut = max(0, min(left, len(text)))
+        if cut:  # a line end before the last character, so that val gets some
+            cut = text.find("\n", cut - 1, -1) + 1 or cut
+        yield "train", text[:cut]
+        yield "val", text[cut:]  # mostly one of the two is empty: no document
         left -= len(text)
-    yield "val", "", True  # ends the document: <|endoftext|>
 
 
 def download_shakespeare(path):
@@ -199,7 +195,7 @@ def stream_fineweb_edu(val_fraction):
         for n, row in enumerate(load_dataset("HuggingFaceFW/fineweb-edu", "sample-100BT",
                                              split="train", streaming=True), 1):
             digest = hashlib.sha256(row["text"].encode()).digest()
-            yield split_of(digest, val_fraction), row["text"], True
+            yield split_of(digest, val_fraction), row["text"]
     except Exception as error:  # no such package, no network, whatever its HTTP layers raise
         if not n:
             raise ValueError(f"fineweb-edu could not be streamed ({type(error).__name__}): it "
@@ -208,7 +204,7 @@ def stream_fineweb_edu(val_fraction):
               file=sys.stderr)
 
 
-# ---------------------------------------------------------------- pieces -> token files
+# ---------------------------------------------------------------- documents -> token files
 
 def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, glob=None,
             max_tokens=None, data_root="data"):
@@ -235,8 +231,8 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
         with tempfile.TemporaryDirectory(prefix=".", dir=data_root) as tmp:
             folder = Path(tmp, name)
             folder.mkdir()
-            pieces = open_corpus(dataset, glob, val_fraction, data_root)
-            about, counts = write_tokens(pieces, enc, folder, val_fraction, max_tokens)
+            documents = open_corpus(dataset, glob, val_fraction, data_root)
+            about, counts = write_tokens(documents, enc, folder, val_fraction, max_tokens)
             rebuild = f"prepare_data.get_tokenizer({tokenizer!r})"
             meta = {"dataset": source, "tokenizer": {"name": tokenizer, "rebuild": rebuild},
                     **about}
@@ -255,9 +251,9 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
     return target
 
 
-def write_tokens(pieces, enc, folder, val_fraction, max_tokens):
-    """Encodes `pieces` into <folder>/train.bin and val.bin, <|endoftext|> after each document.
-    -> (what meta.json says of the files, Counter of documents and of files left out)"""
+def write_tokens(documents, enc, folder, val_fraction, max_tokens):
+    """Encodes `documents` into <folder>/train.bin and val.bin, <|endoftext|> after each. -> (what
+    meta.json says of the files, Counter of the documents and of what was left out)"""
     dtype = np.dtype("<u2" if enc.n_vocab <= 1 << 16 else "<u4")
     max_tokens = max_tokens or sys.maxsize
     n_val = max(1, round(max_tokens * val_fraction))
@@ -267,20 +263,17 @@ def write_tokens(pieces, enc, folder, val_fraction, max_tokens):
     counts = Counter()
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         files = {"train": train, "val": val}
-        for split, text, ends in tqdm(pieces, unit=" pieces", leave=False, disable=None):
+        for split, text in tqdm(documents, unit=" documents", leave=False, disable=None):
             if split not in files:
                 counts[split] += 1
-            elif n[split] < limit[split]:
-                ids = encode(enc, text)
-                if ends:
-                    ids = np.append(ids, enc.eot_token)
+            elif text and n[split] < limit[split]:
+                ids = np.append(encode(enc, text), enc.eot_token)
                 ids = ids[:limit[split] - n[split]].astype(dtype)
                 files[split].write(ids)
                 sha256[split].update(ids)
                 n[split] += len(ids)
-                counts["documents"] += ends
-                if n == limit:  # both are full; this document counts, even if it was cut short
-                    counts["documents"] += not ends
+                counts["documents"] += 1
+                if n == limit:
                     break
     return {"vocab_size": enc.n_vocab, "dtype": dtype.name, "n_train": n["train"],
             "n_val": n["val"], "sha256": {f"{s}.bin": sha256[s].hexdigest() for s in n}}, counts

@@ -43,13 +43,13 @@ from routers import update_routers
 
 # ---------------------------------------------------------------- settings
 
-LEARNED = ("aux", "lossfree", "none")
-# Which of the built-in routers read a setting; one of your own may read any. The others refuse it:
-# kmeans with --score_fn=sigmoid would pass for a result about sigmoid scores
-READ_BY = {
-    "score_fn": LEARNED, "z_loss_coef": LEARNED,
-    "aux_loss_coef": ("aux",), "bias_update_rate": ("lossfree", "kmeans"),
-    "ema_decay": ("kmeans",), "gate_temperature": ("kmeans",)}
+# What a built-in router does not read it refuses: kmeans with --score_fn=sigmoid would pass for a
+# result about sigmoid scores. One of your own may read anything
+IGNORED = {
+    "aux": ("bias_update_rate", "ema_decay", "gate_temperature"),
+    "lossfree": ("aux_loss_coef", "ema_decay", "gate_temperature"),
+    "kmeans": ("score_fn", "aux_loss_coef", "z_loss_coef"),
+    "none": ("aux_loss_coef", "bias_update_rate", "ema_decay", "gate_temperature")}
 
 
 @dataclass
@@ -97,12 +97,10 @@ class TrainConfig(Config):
         self.check(not (self.compile and self.dtype == "float32"), "dtype",
                    "bfloat16 with --compile")
         self.check(not (self.resume and self.overwrite), "overwrite", "left out with --resume")
-        own = self.router not in (*LEARNED, "kmeans")
-        for name, routers in READ_BY.items():
+        for name in IGNORED.get(self.router, ()):
             default = getattr(Config, name)
             # --resume: its settings are those of the run, whatever the default has become
-            self.check(self.router in routers or own or self.resume
-                       or getattr(self, name) == default, name,
+            self.check(self.resume or getattr(self, name) == default, name,
                        f"{default} under {self.router}, which does not read it")
         self.out_dir = os.path.expanduser(self.out_dir or f"out/{self.router}")
 
@@ -495,10 +493,6 @@ def restore(loaded: tuple, data, device, c: TrainConfig) -> tuple:
                                "val.bin": checkpoint["val_sha256"]}:
         raise ValueError(f"data/{c.dataset} is not the data that the run in {c.out_dir} was "
                          "trained on; prepare that again, or start another run.")
-    # it was loaded before the folder was locked: by now, another process may have gone on
-    path = Path(c.out_dir, "ckpt.pt")
-    if torch.load(path, mmap=True, weights_only=True)["step"] != checkpoint["step"]:
-        raise ValueError(f"the run in {c.out_dir} has gone on meanwhile; try again.")
     optimizer = make_optimizer(model, c)
     optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))  # it keeps what it is given
     torch.set_rng_state(checkpoint["rng"])  # for the sample at the end: batches do not need it
