@@ -130,11 +130,8 @@ class LearnedRouter(Router):
     With K = 1 the gate is always 1 and that gradient 0: such a row never learns from the loss.
 
     The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) has nothing to do with balance: it pulls
-    logsumexp(z) to 0. Its gradient at z_i is in proportion to logsumexp(z) softmax(z)_i, of one
-    sign for all i: a token moves all rows along x the same way. With softmax scores, the gradients
-    of the two other losses, the language model's and that of AuxLossRouter, each sum to 0 over i:
-    plain gradient descent on them leaves the sum of the rows where it was. So the z-loss alone adds
-    something common to all rows, which makes them alike."""
+    logsumexp(z) to 0. A token moves all rows along its x the same way, which makes them alike
+    (docs/results.md, "What makes directions alike")."""
 
     def __init__(self, config):
         super().__init__(config)
