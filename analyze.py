@@ -33,15 +33,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    CODE, INCIDENTAL, expert_activations, expert_colors, load_balance, load_checkpoint, perplexity,
-    read_log, router_cosines, router_similarity, spearman, validate, watch)
+    INCIDENTAL, code_sha256, expert_activations, expert_colors, load_balance, load_checkpoint,
+    perplexity, read_log, router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable, unused,
     visible)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
-# of the code as it was imported: numbers that different code has measured are not averaged
-ANALYZE_SHA256 = hashlib.sha256(CODE + Path(__file__).read_bytes()).hexdigest()
+CODE = Path(__file__).read_bytes()  # as it was imported
+
+
+def analyze_sha256(router: str) -> str:
+    """Of all code that a measurement depends on: numbers of different code are not averaged."""
+    return hashlib.sha256(CODE + code_sha256(router).encode()).hexdigest()
 
 
 def warn(sentence: str) -> None:
@@ -78,7 +82,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     c = model.config
     step, evaluation = checkpoint["step"], checkpoint["evaluation"]
     settings = checkpoint["config"] | {
-        "analyze_sha256": ANALYZE_SHA256, "history": ", ".join(  # a --resume's changes
+        "analyze_sha256": analyze_sha256(c.router), "history": ", ".join(  # a --resume's changes
             f"{what} was {str(old)[:8]} to step {end}" for end, what, old in checkpoint["history"])}
     settings |= {key: checkpoint[key] for key in ("data_sha256", "val_sha256", "code_sha256")}
     log = [record for record in read_log(folder / "log.jsonl")
@@ -289,7 +293,7 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
 
     (E, H, C), K = mixtures[0].w_gate.shape, layers[0].indices.shape[1]
     settings = {
-        "analyze_sha256": ANALYZE_SHA256, "router": c.model_type,
+        "analyze_sha256": analyze_sha256("none"), "router": c.model_type,
         "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
         "dtype": str(model.dtype).removeprefix("torch."), "n_embd": C, "n_expert": E, "top_k": K,
         "d_expert": H, "block_size": ids.shape[1] - 1,

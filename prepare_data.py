@@ -238,8 +238,8 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
                     **about}
             (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
             summary = (f"{meta['n_train']:,} train and {meta['n_val']:,} val tokens of "
-                       f"{counts['documents']:,} documents; left out: {counts['broken']:,} broken "
-                       f"files and {counts['duplicate']:,} duplicate documents")
+                       f"{counts['train']:,} and {counts['val']:,} documents; left out: "
+                       f"{counts['broken']:,} broken files and {counts['duplicate']:,} duplicates")
             if not (meta["n_train"] and meta["n_val"]):
                 raise ValueError(f"{dataset} is too small to split: it makes {summary}; give more "
                                  "text, or join it into one file.")
@@ -267,12 +267,12 @@ def write_tokens(documents, enc, folder, val_fraction, max_tokens):
             if split not in files:
                 counts[split] += 1
             elif text and n[split] < limit[split]:
+                counts[split] += 1
                 ids = np.append(encode(enc, text), enc.eot_token)
                 ids = ids[:limit[split] - n[split]].astype(dtype)
                 files[split].write(ids)
                 sha256[split].update(ids)
                 n[split] += len(ids)
-                counts["documents"] += 1
                 if n == limit:
                     break
     return {"vocab_size": enc.n_vocab, "dtype": dtype.name, "n_train": n["train"],
@@ -413,7 +413,8 @@ def main(argv):
     parser.add_argument("--name", help="folder in data/ (default: named after the data set)")
     parser.add_argument("--glob", help="which files of a folder, by name, for example '*.md'")
     parser.add_argument("--max_tokens", type=int, metavar="N",
-                        help="the most tokens to write, both files together (default: all)")
+                        help="the most tokens to write, both files together: those that come "
+                        "first, of a folder by the names of its files (default: all)")
     prepare(**vars(parser.parse_args(argv)))
 
 

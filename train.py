@@ -610,6 +610,7 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
 
 def main(argv: list[str]) -> None:
     c, loaded = parse_args(argv)
+    code_sha256(c.router)  # reads your router's file, which you may edit while data is prepared
     if c.bench:
         return bench(c)
     machine = set_up(c)
