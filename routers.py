@@ -130,7 +130,7 @@ class LearnedRouter(Router):
     With K = 1 the gate is always 1 and that gradient 0: such a row never learns from the loss.
 
     The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) has nothing to do with balance: it pulls
-    logsumexp(z) to 0. A token moves all rows along its x the same way, which makes them alike
+    logsumexp(z) to 0. A token moves all rows along its x the same way, which can make them alike
     (docs/results.md, "What makes directions alike")."""
 
     def __init__(self, config):
