@@ -9,8 +9,8 @@ Shapes: B batch, T sequence, N = B*T tokens, C = n_embd, D = C / n_head, V = voc
         E = n_expert, K = top_k, H = d_expert (expert width).
 
 The architecture is that of Qwen3-MoE without grouped-query attention: pre-norm, RMSNorm, RoPE,
-RMSNorm on each head of q and k, no biases, no dropout, an untied head. No expert has a capacity
-above which it drops tokens, as in some mixtures: every token reaches its K experts."""
+RMSNorm on each head of q and k, no biases, no dropout, an untied head. Unlike in some mixtures, no
+expert has a capacity above which it drops tokens: every token reaches its K experts."""
 import colorsys
 import hashlib
 import json
@@ -110,9 +110,9 @@ def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
 
 class Experts(torch.autograd.Function):
     """The definition without the loop, and with its backward pass written out, for two reasons: it
-    shows the coupling, the claim of this project, and of the large activations it saves only x, a
-    and b, where autograd would keep more for the same gradients. (The K copies of x are gathered
-    again: the idea of SonicMoE, arXiv 2512.14080.)
+    shows the coupling, the claim of this project, and it saves only x, a and b of the large
+    activations, where autograd would keep more for the same gradients. (The K copies of x are
+    gathered again: the idea of SonicMoE, arXiv 2512.14080.)
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
     float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
@@ -123,7 +123,7 @@ class Experts(torch.autograd.Function):
 
     Rows are only gathered, never added atomically, so the same call gives the same bits. The gate
     multiplies h = silu(a) * b (H wide) and not the expert's output (C wide): the same result, and
-    less work where H < C, as in the presets."""
+    less work where H < C, as by default."""
 
     @staticmethod
     def forward(ctx, x, gates, w_gate, w_up, w_down, order, inverse, ends):
@@ -184,7 +184,7 @@ def weight_gradient(d_out: Tensor, inputs: Tensor, ends: Tensor) -> Tensor:
 
 
 class SMoE(nn.Module):
-    """Sparse mixture of SwiGLU experts in four steps: route, dispatch, experts, combine."""
+    """Sparse mixture of SwiGLU experts: route, then (in Experts) dispatch, experts, combine."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -538,7 +538,7 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
                          "your code first, as the command does that its run said at its end.")
     if checkpoint["code_sha256"] != code_sha256(router):
         print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
-              "prepare_data.py, train.py or your own): its numbers may belong to neither.",
+              "prepare_data.py, train.py or your own): its numbers may fit neither.",
               file=sys.stderr)
     return model, checkpoint
 

@@ -137,8 +137,8 @@ def split_of(digest, val_fraction):
 
 
 def read_documents(paths, val_fraction):
-    """Yields the documents of several files, each for one split: so even a few large files fill
-    both."""
+    """Yields the documents of several files, each for one split. A large file makes several, so
+    even a few fill both."""
     seen = set()
     for path in paths:
         try:  # to read it all, so that a file with a broken part is left out whole
@@ -256,7 +256,7 @@ def write_tokens(documents, enc, folder, val_fraction, max_tokens):
     meta.json says of the files, Counter of the documents and of what was left out)"""
     dtype = np.dtype("<u2" if enc.n_vocab <= 1 << 16 else "<u4")
     max_tokens = max_tokens or sys.maxsize
-    n_val = max(1, round(max_tokens * val_fraction))
+    n_val = min(max(1, round(max_tokens * val_fraction)), max_tokens - 1)
     limit = {"train": max_tokens - n_val, "val": n_val}
     n = {"train": 0, "val": 0}
     sha256 = {split: hashlib.sha256() for split in n}

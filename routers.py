@@ -6,7 +6,7 @@ experts. Every router here is the same four verbs in the same order:
     score     how well does each expert fit each token?            (N, C) -> logits, scores (N, E)
     select    which K experts does the token go to?                scores (N, E) -> (N, K)
     gate      how much does each of the K count? (sums to 1)       logits (N, K) -> (N, K)
-    update    once after each optimizer step: move bias and centroids by the counts of the step
+    update    once after each optimizer step: move bias and centroids by what the step counted
 
 They differ in where the scores come from and in what keeps the load even:
 
@@ -76,7 +76,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def update(self) -> None:
-        """Moves what no gradient moves, by the counts of the whole step: here nothing."""
+        """Moves what no gradient moves, by what the whole step counted: here nothing."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         """What the router adds to the training loss: here nothing."""
