@@ -145,7 +145,7 @@ def gradient_shares(model, idx: Tensor, targets: Tensor) -> Tensor:
         _, loss, aux_loss = model(idx, targets)
     routings = [layer[0][1] for layer in seen]
     logits = [routing.logits for routing in routings]                    # n_layer of (N, E)
-    if not model.routers()[0].directions.requires_grad:
+    if not (model.routers()[0].directions.requires_grad and logits[0].requires_grad):
         return torch.full((len(logits),), math.nan)  # centroids: what passes goes to x alone
     gradients = torch.autograd.grad(loss + aux_loss, logits, materialize_grads=True)
     return torch.stack([unrouted_gradient_share(gradient, routing.indices)

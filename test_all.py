@@ -602,8 +602,7 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
             signal.raise_signal(signal.SIGINT)
         return learning_rate(step, c)
 
-    # a mock, as a function of this file would count as code of the run
-    monkeypatch.setattr(train, "learning_rate", mock.Mock(side_effect=interrupt))
+    monkeypatch.setattr(train, "learning_rate", interrupt)
     # Ctrl-C reaches the tee of `2>&1 | tee`, too: nobody reads what is said
     monkeypatch.setattr(os, "write", mock.Mock(side_effect=BrokenPipeError))
     run_train("--out_dir=out/a")
@@ -638,6 +637,17 @@ def test_what_was_kept_and_has_gone_on_since_is_not_replaced(workdir):
     resume("--out_dir=out/a/step-3", "--max_iters=6")
     resume("--max_iters=9")
     assert checkpoint_of("out/a/step-3")["step"] == 6 == len(read_log("out/a/step-3")) - 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_a_resumed_run_lets_go_of_the_checkpoint_that_it_will_replace(workdir):
+    run_train("--out_dir=out/a", "--max_iters=3")
+    c, loaded = train.parse_args(["--out_dir=out/a", "--resume", "--max_iters=6"])
+    data = open_dataset("data/toy", c.block_size, c.vocab_size)
+    running = train.restore(loaded, data, torch.device("cpu"), c)
+    assert running[2] == 3 and "ckpt.pt" in Path("/proc/self/maps").read_text()
+    del loaded
+    assert "ckpt.pt" not in Path("/proc/self/maps").read_text()
 
 
 class NoisyRouter(ROUTERS["kmeans"]):
@@ -1147,6 +1157,18 @@ def test_a_full_disk_or_an_interrupt_leaves_no_half_of_a_data_set(
     assert os.listdir("data") == []
 
 
+def test_two_commands_at_once_do_not_mix_their_files(tmp_path, monkeypatch):
+    def meanwhile(enc, text):  # another command begins and ends
+        monkeypatch.setattr(prepare_data, "encode", encode)
+        prepare(texts, data_root=tmp_path / "data", val_fraction=0.1)
+        return encode(enc, text)
+    texts = write_folder(tmp_path / "texts", many(60))
+    monkeypatch.setattr(prepare_data, "encode", meanwhile)
+    with pytest.raises(OSError, match="data/texts could not be made .*pass another --name"):
+        prepare(texts, data_root=tmp_path / "data", val_fraction=0.3)
+    assert len(documents(tmp_path / "data/texts", "val")) < 15  # those of the other
+
+
 def test_what_lies_in_the_place_of_a_data_set_is_never_replaced(tmp_path, corpus):
     before = {path.name: path.read_bytes() for path in corpus.iterdir()}
     sentence = refusal(prepare, tmp_path / "texts", data_root=tmp_path / "data", val_fraction=0.3)
@@ -1188,7 +1210,8 @@ def test_the_command_prepares_a_data_set_and_says_so_in_one_line(tmp_path, monke
     done = run_script("prepare_data.py", "--dataset=~/notes", "--val_fraction=0.1", "--glob=*.txt",
                       "--name=mine", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.count("\n") == 1 and done.stderr == ""
-    assert done.stdout.startswith("data/mine: ") and " documents; left out: 0 " in done.stdout
+    train, val = re.search(r"^data/mine: .* of (\d+) and (\d+) documents", done.stdout).groups()
+    assert int(train) + int(val) == 60
     assert open_dataset(tmp_path / "data/mine", 8, 257).meta["dataset"] == str(tmp_path / "notes")
 
 
@@ -1529,6 +1552,11 @@ def test_an_own_routers_gradient_is_measured_whatever_its_parameter_is_called(mo
     assert torch.equal(*(analyze.gradient_shares(model, *tokens()) for model in (own, aux)))
     for router in own.routers():  # rows that no gradient moves
         router.rows.requires_grad_(False)
+    assert analyze.gradient_shares(own, *tokens()).isnan().all()
+    for router in own.routers():  # nor logits that no gradient reaches
+        router.rows.requires_grad_(True)
+        monkeypatch.setattr(router, "score", lambda x, score=router.score: tuple(
+            value.detach() for value in score(x)))
     assert analyze.gradient_shares(own, *tokens()).isnan().all()
 
 
