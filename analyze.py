@@ -33,19 +33,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, code_sha256, expert_activations, expert_colors, load_balance, load_checkpoint,
+    CODE, INCIDENTAL, code_hashes, expert_activations, expert_colors, load_balance, load_checkpoint,
     perplexity, read_log, router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable, unused,
     visible)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
-CODE = Path(__file__).read_bytes()  # as it was imported
-
-
-def analyze_sha256(router: str) -> str:
-    """Of all code that a measurement depends on: numbers of different code are not averaged."""
-    return hashlib.sha256(CODE + code_sha256(router).encode()).hexdigest()
+# of all code that a measurement depends on: numbers of different code are not averaged
+CODE_SHA256 = hashlib.sha256(Path(__file__).read_bytes() + CODE).hexdigest()
 
 
 def warn(sentence: str) -> None:
@@ -82,9 +78,13 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     c = model.config
     step, evaluation = checkpoint["step"], checkpoint["evaluation"]
     settings = checkpoint["config"] | {
-        "analyze_sha256": analyze_sha256(c.router), "history": ", ".join(  # a --resume's changes
+        "analyze_sha256": CODE_SHA256, "history": ", ".join(  # a --resume's changes
             f"{what} was {str(old)[:8]} to step {end}" for end, what, old in checkpoint["history"])}
-    settings |= {key: checkpoint[key] for key in ("data_sha256", "val_sha256", "code_sha256")}
+    settings |= {key: checkpoint[key] for key in (
+        "data_sha256", "val_sha256", "code_sha256", "router_sha256", "train_sha256")}
+    router_now = code_hashes(c.router)["router_sha256"]
+    if router_now != checkpoint["router_sha256"]:
+        settings["measured_router_sha256"] = router_now
     log = [record for record in read_log(folder / "log.jsonl")
            if "val_loss" in record and record["step"] <= step]
     data = open_dataset(Path("data", settings["dataset"]), c.block_size, c.vocab_size)
@@ -293,7 +293,7 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
 
     (E, H, C), K = mixtures[0].w_gate.shape, layers[0].indices.shape[1]
     settings = {
-        "analyze_sha256": analyze_sha256("none"), "router": c.model_type,
+        "analyze_sha256": CODE_SHA256, "router": c.model_type,
         "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
         "dtype": str(model.dtype).removeprefix("torch."), "n_embd": C, "n_expert": E, "top_k": K,
         "d_expert": H, "block_size": ids.shape[1] - 1,
@@ -602,7 +602,9 @@ def paired_differences(groups: list[Group]) -> list[str]:
     for earlier, later in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in later.runs for y in earlier.runs
                  if x["seed"] == y["seed"]]
-        different = differing([later, earlier]).keys()
+        # a router of your own is a name and a file; by what code a run is seen does not matter here
+        different = {"router" if key == "router_sha256" else key
+                     for key in differing([later, earlier])} - {"analyze_sha256"}
         if len(pairs) > 1 and len(different) == 1 and not different & OTHER_TEXT:
             percent = [100 * (x / y - 1) for x, y in pairs]
             error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
@@ -907,7 +909,7 @@ def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[s
                 if len(seen.tokens) < args.tokens:
                     warn(f"{source} saw {len(seen.tokens)} tokens, not {args.tokens}: the text is "
                          "too short.")
-                found = {folder.resolve().name: measure(seen)}
+                found = {Path(os.path.abspath(folder)).name: measure(seen)}
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: also out of memory
             warn(f"{source} is left out: {' '.join(str(error).split())}")  # on one line
             continue

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from routers import ROUTERS, KMeansRouter, Router
+from routers import ROUTERS, Router
 
 
 @dataclass
@@ -62,8 +62,8 @@ class Config:
                        "a multiple of 8 (grouped_mm wants rows of 16 bytes, in bfloat16 too)")
         self.check(1 <= self.top_k <= self.n_expert, "top_k",
                    f"from 1 to n_expert = {self.n_expert}")
-        self.check(self.router in ROUTERS, "router",
-                   f"one of {', '.join(ROUTERS)} or of what your script registers")
+        self.check(isinstance(ROUTERS.get(self.router), type), "router",
+                   f"one of {', '.join(ROUTERS)} or a class that your script registers")
         self.check(self.score_fn in ("softmax", "sigmoid"), "score_fn", "softmax or sigmoid")
         self.check(0 <= self.ema_decay < 1, "ema_decay", "from 0 to below 1")
         self.check(self.gate_temperature > 0, "gate_temperature", "positive")
@@ -190,6 +190,10 @@ class SMoE(nn.Module):
         super().__init__()
         E, C, H = config.n_expert, config.n_embd, config.d_expert
         self.router = ROUTERS[config.router](config)
+        shape = tuple(self.router.directions.shape)
+        if shape != (E, C):
+            raise ValueError("the directions of a router must be (n_expert, n_embd) = "
+                             f"{(E, C)}, not {shape}.")
         self.w_gate = nn.Parameter(torch.empty(E, H, C))
         self.w_up = nn.Parameter(torch.empty(E, H, C))
         self.w_down = nn.Parameter(torch.empty(E, C, H))
@@ -281,7 +285,7 @@ class SMoETransformer(nn.Module):
 
         embed, head, qkv_proj, w_gate, w_up, router.weight    normal, std 0.02, as any other matrix
         o_proj, w_down (they write to the residual stream)    normal, std 0.02 / sqrt(2 n_layer)
-        centroids      random directions of norm sqrt(C), that of the RMSNorm outputs they average
+        centroids                                             KMeansRouter.start()
         norm weights   1 (by nn.RMSNorm)
         biases         0 (selection biases, the only ones)"""
         for name, p in self.named_parameters():
@@ -290,10 +294,7 @@ class SMoETransformer(nn.Module):
                 scale = (2 * self.config.n_layer) ** -0.5 if residual else 1.0
                 nn.init.normal_(p, std=0.02 * scale)
         for router in self.routers():
-            # a router of your own, derived from KMeansRouter, may have set its centroids already
-            if isinstance(router, KMeansRouter) and not router.centroids.any():
-                direction = F.normalize(torch.randn_like(router.centroids), dim=-1)        # (E, C)
-                router.centroids.copy_(direction * self.config.n_embd ** 0.5)
+            router.start()
 
     def routers(self) -> list[Router]:
         """The routers, one a layer, from the first block to the last."""
@@ -487,9 +488,9 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 # differ in nothing else count as the same experiment
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_interval",
               "log_interval"}
-# the files that make a run what it is, as they were imported: they may be edited later
+# what gives a model its numbers, as it was imported: the files may be edited later
 CODE = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes()
-                for name in ("routers", "model", "prepare_data", "train"))
+                for name in ("routers", "model", "prepare_data"))
 
 
 @cache  # as it was when the class was first looked at
@@ -507,9 +508,11 @@ def own_code(router: str) -> list[tuple[str, bytes]]:
                               if cls.__module__.split(".")[0] not in known))
 
 
-def code_sha256(router: str) -> str:
-    """Of the code that makes a run what it is, beside its settings."""
-    return hashlib.sha256(CODE + b"".join(source for _, source in own_code(router))).hexdigest()
+def code_hashes(router: str) -> dict[str, str]:
+    """What tells the numbers of edited code apart; empty for the router if it is a built-in one."""
+    own = b"".join(source for _, source in own_code(router))
+    return {"code_sha256": hashlib.sha256(CODE).hexdigest(),
+            "router_sha256": hashlib.sha256(own).hexdigest() if own else ""}
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
@@ -519,7 +522,7 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         for key in ("optimizer", "step", "evaluation", "rng", "history", "data_sha256",
-                    "val_sha256", "code_sha256", "tokenizer"):
+                    "val_sha256", "code_sha256", "router_sha256", "train_sha256", "tokenizer"):
             checkpoint[key]  # KeyError if it is missing
         router = checkpoint["config"]["router"]
         if router in ROUTERS:
@@ -536,10 +539,9 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     if router not in ROUTERS:
         raise ValueError(f"{path} is of {router!r}, a router that is not registered here; import "
                          "your code first, as the command does that its run said at its end.")
-    if checkpoint["code_sha256"] != code_sha256(router):
+    if any(checkpoint[key] != now for key, now in code_hashes(router).items()):
         print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
-              "prepare_data.py, train.py or your own): its numbers may fit neither.",
-              file=sys.stderr)
+              "prepare_data.py or your own): its numbers may fit neither.", file=sys.stderr)
     return model, checkpoint
 
 

@@ -63,6 +63,9 @@ class Router(nn.Module):
             aux_loss = self.aux_loss(logits, scores, assigned)
             return Routing(indices, gates, aux_loss, logits, scores)
 
+    def start(self) -> None:
+        """Called once, when the model has drawn its weights: here nothing is left to draw."""
+
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, C) -> logits (N, E), scores (N, E)."""
         raise NotImplementedError
@@ -211,14 +214,19 @@ class KMeansRouter(Router):
 
     def __init__(self, config):
         super().__init__(config)
-        # (E, C); SMoETransformer.init_weights makes them random
-        self.register_buffer("centroids", torch.zeros(config.n_expert, config.n_embd))
+        self.register_buffer("centroids", torch.zeros(config.n_expert, config.n_embd))  # (E, C)
         self.register_buffer("bias", torch.zeros(config.n_expert))                      # (E)
         self.register_buffer("total", torch.zeros_like(self.centroids), persistent=False)  # (E, C)
 
     @property
     def directions(self) -> Tensor:
         return self.centroids  # (E, C)
+
+    def start(self) -> None:
+        """Random directions of length sqrt(C), that of the RMSNorm outputs which they average."""
+        if not self.centroids.any():  # a derived class may have placed them in its __init__
+            directions = F.normalize(torch.randn_like(self.centroids), dim=-1)  # (E, C)
+            self.centroids.copy_(directions * self.config.n_embd ** 0.5)
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # dividing the (N, E) products by |x| is cheaper than normalising the (N, C) hidden states

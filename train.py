@@ -10,6 +10,7 @@ Every field of TrainConfig below is a flag: --name=value. A run writes out/<run>
 out/<run>/ckpt.pt; Ctrl-C and SIGTERM finish the step and save."""
 import argparse
 import copy
+import hashlib
 import inspect
 import json
 import math
@@ -33,12 +34,14 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, Config, SMoETransformer, code_sha256, coupling_spearman, load_balance,
+    INCIDENTAL, Config, SMoETransformer, code_hashes, coupling_spearman, load_balance,
     load_checkpoint, own_code, perplexity, read_log, router_similarity, validate)
 from prepare_data import (
     Parser, cli, eval_batches, get_batch, get_tokenizer, lock, open_dataset, prepare,
     printable, unused)
 from routers import update_routers
+
+CODE_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # as it was imported
 
 
 # ---------------------------------------------------------------- settings
@@ -151,6 +154,11 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
     return c, loaded
 
 
+def hashes(router: str) -> dict[str, str]:
+    """Of the code that makes a run what it is. A copy of this file is other code as well."""
+    return code_hashes(router) | {"train_sha256": CODE_SHA256}
+
+
 def check_resume(checkpoint: dict, c: TrainConfig) -> None:
     """Raises ValueError if no step is left to do, or if a setting has changed that makes it another
     run. Another max_iters (it stretches the cosine of the learning rate) and edited code are
@@ -165,10 +173,10 @@ def check_resume(checkpoint: dict, c: TrainConfig) -> None:
     if step >= c.max_iters:
         raise ValueError(f"the run in {c.out_dir} has done all its {step} steps; pass a larger "
                          "--max_iters to go on.")
-    for name, before, now in (("max_iters", old["max_iters"], c.max_iters),
-                              ("code", checkpoint["code_sha256"], code_sha256(c.router))):
-        if before != now:
-            checkpoint["history"].append([step, name, before])
+    before = old | checkpoint
+    for name, now in ({"max_iters": c.max_iters} | hashes(c.router)).items():
+        if before[name] != now:
+            checkpoint["history"].append([step, name, before[name]])
 
 
 # ---------------------------------------------------------------- the machine
@@ -336,9 +344,9 @@ def describe(c: TrainConfig, dtype: torch.dtype, data, history: list) -> dict:
     config = asdict(c) | {"dtype": str(dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
     return dict(
-        config=config, history=history, code_sha256=code_sha256(c.router),
-        data_sha256=data.meta["sha256"]["train.bin"], val_sha256=data.meta["sha256"]["val.bin"],
-        tokenizer=data.meta["tokenizer"]["name"])
+        config=config, history=history, data_sha256=data.meta["sha256"]["train.bin"],
+        val_sha256=data.meta["sha256"]["val.bin"], tokenizer=data.meta["tokenizer"]["name"],
+        **hashes(c.router))
 
 
 def save_checkpoint(path: Path, about: dict, model, optimizer, step: int,
@@ -474,13 +482,18 @@ def finish(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
 
 
 def command(script: str, router: str, *flags: str) -> str:
-    """What the user types next; it imports the user's own code first."""
-    own = dict.fromkeys(Path(sys.argv[0]).stem if module == "__main__" else module
-                        for module, _ in own_code(router))
-    if not own:
-        return shlex.join(["python", f"{script}.py", *flags])
+    """What the user types next to train or analyze. A router of their own is registered by the
+    script that was started or, in a notebook, by the modules that define it."""
+    path = Path(__file__) if script == "train" else Path(__file__).with_name(f"{script}.py")
+    modules, folder = [module for module, _ in own_code(router)], Path.cwd()
+    started = getattr(sys.modules["__main__"], "__file__", None)
+    if modules and started:
+        path, modules, folder = Path(started), [Path(started).stem], Path(started).parent
+    if not modules or started and script == "train":
+        return shlex.join(["python", path.name if path.parent == Path.cwd() else str(path), *flags])
+    own = "" if folder == Path.cwd() else f"import sys; sys.path.append({str(folder)!r}); "
     # __import__ takes a file called my-router.py, too
-    own = "".join(f'__import__("{module}"); ' for module in own)
+    own += "".join(f'__import__("{module}"); ' for module in modules)
     call = f"{own}import {script}; {script}.cli({script}.main)"
     return shlex.join(["python", "-c", call, *flags])
 
@@ -511,14 +524,16 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
         # the log forgets what came after the checkpoint
         records = [record for record in read_log(out_dir / "log.jsonl") if record["step"] <= step]
         # check_resume has just noted other code or another max_iters: keep what the run was
-        if machine.rank == 0 and any(changed == step for changed, *_ in history):
+        changed = ", ".join(what for at, what, _ in history if at == step)
+        if machine.rank == 0 and changed:
             kept = out_dir / f"step-{step}"
             if not (kept / "ckpt.pt").exists():  # else of an earlier try; it may have gone on since
                 kept.mkdir(exist_ok=True)
                 write_log(kept / "log.jsonl", records, anew=True)
                 shutil.copy(out_dir / "ckpt.pt", kept / "ckpt.tmp")
                 os.replace(kept / "ckpt.tmp", kept / "ckpt.pt")
-                print(f"The run as it was at step {step} is kept in {kept}.")
+                print(f"The run as it was at step {step}, before a change of {changed}, is kept in "
+                      f"{kept}.")
     else:
         model = SMoETransformer(c).to(machine.device)
         optimizer = make_optimizer(model, c)
@@ -610,7 +625,7 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
 
 def main(argv: list[str]) -> None:
     c, loaded = parse_args(argv)
-    code_sha256(c.router)  # reads your router's file, which you may edit while data is prepared
+    own_code(c.router)  # reads your router's file, which you may edit while data is prepared
     if c.bench:
         return bench(c)
     machine = set_up(c)
