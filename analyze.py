@@ -108,7 +108,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     about = {
         "router": c.router, "seed": settings["seed"], "step": step, "settings": settings,
         "perplexity": perplexity(evaluation["val_loss"]), "val_tokens": evaluation["val_tokens"],
-        # evaluations on as many tokens as the first: not those at an end of the run
+        # the last evaluation is on more tokens, so it is no point of the curves
         "log": [record for record in log if record.get("val_tokens") == log[0].get("val_tokens")],
         "unrouted_gradient_share_by_layer": gradient_shares(model, *next(iter(batches(1024))))}
     try:
@@ -332,8 +332,8 @@ def common_share(directions: Tensor, mean: Tensor) -> Tensor:
 
 
 def top_direction(w: Tensor) -> Tensor:
-    """w (H, C) -> its top right singular vector (C), from the smaller of w w^T and w^T w: for large
-    experts five times as fast as an SVD."""
+    """w (H, C) -> its first right singular vector (C), the unit x that makes ||w x|| largest; from
+    the smaller of w w^T and w^T w: for large experts five times as fast as an SVD."""
     if len(w) > w.shape[1]:
         return torch.linalg.eigh(w.t() @ w).eigenvectors[:, -1]
     return F.normalize(w.t() @ torch.linalg.eigh(w @ w.t()).eigenvectors[:, -1], dim=0)
@@ -341,7 +341,7 @@ def top_direction(w: Tensor) -> Tensor:
 
 def alignment(directions: Tensor, w_gate: Tensor) -> tuple[Tensor, Tensor]:
     """directions r (E, C), w_gate (E, H, C) -> mean over i = j and mean over i != j (nan for one
-    expert) of |cos(r_i, v_j)|, v_j = top right singular vector of W_gate_j."""
+    expert) of |cos(r_i, v_j)|, v_j = first right singular vector of W_gate_j."""
     E = len(directions)
     top = torch.stack([top_direction(w.float()) for w in w_gate])        # (E, C)
     cosines = (F.normalize(directions, dim=-1) @ top.t()).abs()          # (E, E)
@@ -538,11 +538,11 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
     found = {}
     for name, run in runs.items():
         seed = f"-{run['seed']}"
-        # a name without its seed at the end gets a "/": a run called aux is no seed of aux-1
-        base = name.removesuffix(seed) if name.endswith(seed) else f"{name}/"
-        key = base, json.dumps(experiment(run), sort_keys=True)
+        # endswith: a run called aux is no seed of aux-1
+        key = (name.removesuffix(seed), name.endswith(seed),
+               json.dumps(experiment(run), sort_keys=True))
         found.setdefault(key, []).append(name)
-    bases = [base.removesuffix("/") for base, _ in found]
+    bases = [base for base, *_ in found]
     groups, styles, others = [], dict(ROUTER_STYLES), zip(*map(cycle, OTHER_STYLES))
     for base, members in zip(bases, found.values()):
         label = base

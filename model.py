@@ -121,8 +121,8 @@ class Experts(torch.autograd.Function):
         A (N*K, P), B (E, P, Q):      out[rows] = A[rows] @ B[i]           (N*K, Q)
         A (P, N*K), B (N*K, Q):       out[i] = A[:, rows] @ B[rows]        (E, P, Q)
 
-    Rows are only gathered, never added atomically, so the same call gives the same bits. The gate
-    multiplies h = silu(a) * b (H wide) and not the expert's output (C wide): the same result, and
+    Rows are gathered and never scattered by atomic adds, whose order varies on a GPU: the same call
+    gives the same bits. The gate multiplies h = silu(a) * b (H wide) and not the expert's output (C wide): the same result, and
     less work where H < C, as by default."""
 
     @staticmethod
@@ -145,8 +145,9 @@ class Experts(torch.autograd.Function):
         h = silu * b                                                     # (N*K, H)
 
         dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
-        dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H) of gate * h
-        # d_i of the README; autograd takes it on to the logits and, times x_t, to the router rows
+        dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H) W_down^T dy
+        # d_i of the README: (W_down^T dy) . h = dy . (W_down h); autograd takes it on to the logits
+        # and, times x_t, to the router rows
         dgates = (dgh * h).sum(1, dtype=torch.float32)[inverse]          # (N, K)
         dh = gate * dgh                                                  # (N*K, H)
         da = torch.ops.aten.silu_backward(dh * b, a)                     # (N*K, H) dh b silu'(a)
@@ -541,7 +542,7 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
                          "your code first, as the command does that its run said at its end.")
     if any(checkpoint[key] != now for key, now in code_hashes(router).items()):
         print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
-              "prepare_data.py or your own): its numbers may fit neither.", file=sys.stderr)
+              "prepare_data.py or your own): its numbers may not be those of either.", file=sys.stderr)
     return model, checkpoint
 
 

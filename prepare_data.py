@@ -163,7 +163,7 @@ def read_single(path, val_fraction):
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it.") from error
     for text in read_text(path):
         cut = max(0, min(left, len(text)))
-        if cut:  # a line end before the last character, so that val gets some
+        if cut:  # to behind the next line end, unless the text ends there: val is to get some
             cut = text.find("\n", cut - 1, -1) + 1 or cut
         yield "train", text[:cut]
         yield "val", text[cut:]  # mostly one of the two is empty: no document
@@ -413,8 +413,8 @@ def main(argv):
     parser.add_argument("--name", help="folder in data/ (default: named after the data set)")
     parser.add_argument("--glob", help="which files of a folder, by name, for example '*.md'")
     parser.add_argument("--max_tokens", type=int, metavar="N",
-                        help="the most tokens to write, both files together: those that come "
-                        "first, of a folder by the names of its files (default: all)")
+                        help="write the first N tokens alone, both files together; a folder is "
+                        "read in the order of its files' names (default: all)")
     prepare(**vars(parser.parse_args(argv)))
 
 

@@ -130,7 +130,7 @@ class LearnedRouter(Router):
     The gates are normalised over S, so the language-model loss has a gradient on the selected rows
     only. For one token that gradient is (scalar) * x, and so are those of the rows of the selected
     expert's W_gate and W_up: router row and expert move along the same tokens. The coupling.
-    With K = 1 the gate is always 1 and that gradient 0: such a row never learns from the loss.
+    With K = 1 the gate is always 1 and that gradient 0: language modelling never moves such a row.
 
     The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) has nothing to do with balance: it pulls
     logsumexp(z) to 0. A token moves all rows along its x the same way, which can make them alike
@@ -171,9 +171,10 @@ class AuxLossRouter(LearnedRouter):
     f is that of one micro-batch on one process. If all f_i are equal, the first term is
     aux_loss_coef and its gradient 0. Else, with softmax scores, its gradient at z_ti, token t and
     expert i, is
-        aux_loss_coef * E / N * s_ti (f_i - sum over j of f_j s_tj):
-    experts busier than the mean of f weighted by s_t go down, the others up. Every token sends
-    that, along its x, to every row: it mixes into r_i tokens that expert i never saw."""
+        aux_loss_coef * E / N * s_ti (f_i - sum over j of s_tj f_j),
+    so a logit falls if f_i is above that mean of f, weighted by the token's scores, and else rises.
+    Every token sends that, along its x, to every row: it mixes into r_i tokens that expert i never
+    saw."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         f = assigned.mean(0) / self.config.top_k                          # (E)

@@ -892,7 +892,6 @@ def test_too_little_memory_is_a_sentence_and_a_bug_is_not(error, words, capsys):
     ("train --lr=1", "unrecognized arguments: --lr=1; python train.py --help lists the flags"),
     ("train --max_iters=many", "max_iters: invalid int value: 'many'"),
     ("train --learning_rate=nan", "learning_rate must be positive"),
-    ("train --beta1=1", "beta1 must be from 0 to below 1"),
     ("train --dataset=nothing", "data/nothing is not a whole data set"),
     ("train --device=cuda:99", "device cuda:99 is not there"),
     ("train --block_size=100000", "block_size must be at most"),

@@ -66,7 +66,7 @@ class TrainConfig(Config):
     max_iters: int = 1200                 # optimizer steps
     eval_interval: int = 200              # steps from one evaluation and checkpoint to the next
     eval_tokens: int = 16384              # validation tokens in an evaluation, always the same ones
-    final_eval_tokens: int = 524288       # those in the last one; stdlib has 420k: all of them
+    final_eval_tokens: int = 524288       # in the last evaluation; stdlib has 420k, so all of them
     log_interval: int = 10                # steps from one line of the log to the next
     learning_rate: float = 1e-3           # after the warm-up; a cosine takes it down to a tenth
     warmup_iters: int = 100               # steps of linear warm-up; at most half of all steps
@@ -89,9 +89,6 @@ class TrainConfig(Config):
             self.check(getattr(self, name) > 0, name, "positive")
         for name in ("seed", "warmup_iters", "grad_clip", "weight_decay"):
             self.check(getattr(self, name) >= 0, name, "0 or more")
-        self.check(self.seed < 2**63, "seed", "below 2**63")
-        for name in ("beta1", "beta2"):
-            self.check(0 <= getattr(self, name) < 1, name, "from 0 to below 1")
         self.check(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), "device",
                    "auto, cpu, cuda or cuda:N")
         self.check(self.dtype in ("auto", "float32", "bfloat16"), "dtype",
@@ -154,29 +151,19 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
     return c, loaded
 
 
-def hashes(router: str) -> dict[str, str]:
-    """Of the code that makes a run what it is. A copy of this file is other code as well."""
-    return code_hashes(router) | {"train_sha256": CODE_SHA256}
-
-
 def check_resume(checkpoint: dict, c: TrainConfig) -> None:
     """Raises ValueError if no step is left to do, or if a setting has changed that makes it another
     run. Another max_iters (it stretches the cosine of the learning rate) and edited code are
-    allowed, and appended to the checkpoint's history: [step of the change, what, old value]."""
+    allowed: begin() notes them."""
     # a field that you have added to the code since was at its default
     old = {field.name: field.default for field in fields(c)} | checkpoint["config"]
-    step = checkpoint["step"]
     for name in sorted(vars(c).keys() - INCIDENTAL - {"max_iters"}):
         if old[name] != getattr(c, name):
             raise ValueError(f"the run in {c.out_dir} was trained with {name} = {old[name]!r} and "
                              f"cannot go on with {getattr(c, name)!r}; start another one.")
-    if step >= c.max_iters:
-        raise ValueError(f"the run in {c.out_dir} has done all its {step} steps; pass a larger "
-                         "--max_iters to go on.")
-    before = old | checkpoint
-    for name, now in ({"max_iters": c.max_iters} | hashes(c.router)).items():
-        if before[name] != now:
-            checkpoint["history"].append([step, name, before[name]])
+    if checkpoint["step"] >= c.max_iters:
+        raise ValueError(f"the run in {c.out_dir} has done all its {checkpoint['step']} steps; pass "
+                         "a larger --max_iters to go on.")
 
 
 # ---------------------------------------------------------------- the machine
@@ -339,12 +326,17 @@ def write_log(path: Path, records: list[dict], anew: bool) -> None:
         raise OSError(f"{path} could not be written ({error.strerror}).") from error
 
 
-def describe(c: TrainConfig, dtype: torch.dtype, data, history: list) -> dict:
-    """What a checkpoint says of its run. Made at the start, as files may be edited meanwhile."""
+def hashes(router: str) -> dict[str, str]:
+    """Of the code that makes a run what it is. A copy of this file is other code as well."""
+    return code_hashes(router) | {"train_sha256": CODE_SHA256}
+
+
+def describe(c: TrainConfig, dtype: torch.dtype, data) -> dict:
+    """What a checkpoint says of its run, to which begin() adds the history."""
     config = asdict(c) | {"dtype": str(dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
     return dict(
-        config=config, history=history, data_sha256=data.meta["sha256"]["train.bin"],
+        config=config, history=[], data_sha256=data.meta["sha256"]["train.bin"],
         val_sha256=data.meta["sha256"]["val.bin"], tokenizer=data.meta["tokenizer"]["name"],
         **hashes(c.router))
 
@@ -371,7 +363,7 @@ def check_finite(record: dict, model, path: Path) -> None:
     it can be fine where the weights are not."""
     losses = [record[key] for key in ("train_loss", "val_loss") if key in record]
     weights = (all(p.isfinite().all() for p in model.parameters())
-               and not any(b.isnan().any() for b in model.buffers()))  # -inf may be a mask
+               and not any(b.isnan().any() for b in model.buffers()))  # a mask may hold -inf
     if not (weights and all(map(math.isfinite, losses))):
         raise ValueError(f"loss or weights are not finite at step {record['step']}; the last good "
                          f"checkpoint, if any, is {path}. Try a lower --learning_rate or a longer "
@@ -516,24 +508,27 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
     """Starts a run, or goes on with what load_checkpoint gave, and writes its log up to here
     -> (model, optimizer, step, what describe() says of it)."""
     out_dir = Path(c.out_dir)
-    history = loaded[1]["history"] if loaded else []
-    about = describe(c, machine.dtype, data, history)
+    about = describe(c, machine.dtype, data)
     torch.manual_seed(c.seed)  # the same weights on every rank
     if loaded:
         model, optimizer, step = restore(loaded, data, machine.device, c)
         # the log forgets what came after the checkpoint
         records = [record for record in read_log(out_dir / "log.jsonl") if record["step"] <= step]
-        # check_resume has just noted other code or another max_iters: keep what the run was
-        changed = ", ".join(what for at, what, _ in history if at == step)
-        if machine.rank == 0 and changed:
-            kept = out_dir / f"step-{step}"
-            if not (kept / "ckpt.pt").exists():  # else of an earlier try; it may have gone on since
-                kept.mkdir(exist_ok=True)
-                write_log(kept / "log.jsonl", records, anew=True)
-                shutil.copy(out_dir / "ckpt.pt", kept / "ckpt.tmp")
-                os.replace(kept / "ckpt.tmp", kept / "ckpt.pt")
-                print(f"The run as it was at step {step}, before a change of {changed}, is kept in "
-                      f"{kept}.")
+        # with other code or another max_iters it is no longer the run that it was: note it, in the
+        # history as [step of the change, what, old value], and keep what it was
+        before, now = ({"max_iters": state["config"]["max_iters"]} | state
+                       for state in (loaded[1], about))
+        changed = [name for name in ("max_iters", *hashes(c.router)) if before[name] != now[name]]
+        about["history"] = before["history"] + [[step, name, before[name]] for name in changed]
+        kept = out_dir / f"step-{step}"
+        # an earlier try may have kept it, and somebody may have gone on with it there
+        if machine.rank == 0 and changed and not (kept / "ckpt.pt").exists():
+            kept.mkdir(exist_ok=True)
+            write_log(kept / "log.jsonl", records, anew=True)
+            shutil.copy(out_dir / "ckpt.pt", kept / "ckpt.tmp")
+            os.replace(kept / "ckpt.tmp", kept / "ckpt.pt")
+            print(f"The run as it was at step {step}, before a change of {', '.join(changed)}, is "
+                  f"kept in {kept}.")
     else:
         model = SMoETransformer(c).to(machine.device)
         optimizer = make_optimizer(model, c)
