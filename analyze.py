@@ -713,9 +713,9 @@ def draw_similarity(fig, groups) -> None:
         image = ax.imshow(cosines, vmin=-scale, vmax=scale, cmap="RdBu_r")
         ax.set_title(group.title(), fontsize=10)
         ax.set(xticks=[], yticks=[], ylabel="expert", facecolor="0.6", xlabel="expert\n"
-               f"all layers and seeds: mean |cosine| {group.mean('router_similarity'):.3f}\n"
-               f"(chance: {group.mean('router_similarity_chance'):.3f}), "
-               f"mean {group.mean('router_similarity_signed'):+.3f}")
+               f"all layers and seeds: mean {group.mean('router_similarity_signed'):+.3f},\n"
+               f"mean |cosine| {group.mean('router_similarity'):.3f} "
+               f"(chance: {group.mean('router_similarity_chance'):.3f})")
     fig.colorbar(image, ax=axes, label="cosine of two router directions", shrink=0.7)
 
 
