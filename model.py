@@ -122,8 +122,8 @@ class Experts(torch.autograd.Function):
         A (P, N*K), B (N*K, Q):       out[i] = A[:, rows] @ B[rows]        (E, P, Q)
 
     Rows are gathered and never scattered by atomic adds, whose order varies on a GPU: the same call
-    gives the same bits. The gate multiplies h = silu(a) * b (H wide) and not the expert's output (C wide): the same result, and
-    less work where H < C, as by default."""
+    gives the same bits. The gate multiplies h = silu(a) * b (H wide) and not the expert's output (C
+    wide): the same result, and less work where H < C, as by default."""
 
     @staticmethod
     def forward(ctx, x, gates, w_gate, w_up, w_down, order, inverse, ends):
@@ -542,7 +542,8 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
                          "your code first, as the command does that its run said at its end.")
     if any(checkpoint[key] != now for key, now in code_hashes(router).items()):
         print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
-              "prepare_data.py or your own): its numbers may not be those of either.", file=sys.stderr)
+              "prepare_data.py or your own): its numbers may not be those of either.",
+              file=sys.stderr)
     return model, checkpoint
 
 
