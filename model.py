@@ -122,8 +122,10 @@ class Experts(torch.autograd.Function):
         A (P, N*K), B (N*K, Q):       out[i] = A[:, rows] @ B[rows]        (E, P, Q)
 
     Rows are gathered and never scattered by atomic adds, whose order varies on a GPU: the same call
-    gives the same bits. The gate multiplies h = silu(a) * b (H wide) and not the expert's output (C
-    wide): the same result, and less work where H < C, as by default."""
+    gives the same bits.
+
+    The gate multiplies h = silu(a) * b (H wide) and not the expert's output (C wide): the same
+    result, and less work where H < C, as by default."""
 
     @staticmethod
     def forward(ctx, x, gates, w_gate, w_up, w_down, order, inverse, ends):

@@ -172,7 +172,7 @@ class AuxLossRouter(LearnedRouter):
     aux_loss_coef and its gradient 0. Else, with softmax scores, its gradient at z_ti, token t and
     expert i, is
         aux_loss_coef * E / N * s_ti (f_i - sum over j of s_tj f_j),
-    so a logit falls if f_i is above that mean of f, weighted by the token's scores, and else rises.
+    so a logit falls if f_i is above the mean of f weighted by the token's scores, and else rises.
     Every token sends that, along its x, to every row: it mixes into r_i tokens that expert i never
     saw."""
 

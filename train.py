@@ -162,8 +162,8 @@ def check_resume(checkpoint: dict, c: TrainConfig) -> None:
             raise ValueError(f"the run in {c.out_dir} was trained with {name} = {old[name]!r} and "
                              f"cannot go on with {getattr(c, name)!r}; start another one.")
     if checkpoint["step"] >= c.max_iters:
-        raise ValueError(f"the run in {c.out_dir} has done all its {checkpoint['step']} steps; pass "
-                         "a larger --max_iters to go on.")
+        raise ValueError(f"the run in {c.out_dir} has done all its {checkpoint['step']} steps; "
+                         "pass a larger --max_iters to go on.")
 
 
 # ---------------------------------------------------------------- the machine
