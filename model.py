@@ -492,8 +492,8 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_interval",
               "log_interval"}
 # what gives a model its numbers, as it was imported: the files may be edited later
-CODE = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes()
-                for name in ("routers", "model", "prepare_data"))
+CODE = b"".join(Path(file).read_bytes() for file in (
+    __file__, sys.modules["routers"].__file__, Path(__file__).with_name("prepare_data.py")))
 
 
 @cache  # as it was when the class was first looked at

@@ -1442,7 +1442,7 @@ def test_a_run_knows_the_code_of_its_own_router_and_base_classes_and_of_no_other
     assert len(hashes) == 3 and "" in hashes
 
 
-def test_a_copy_of_train_py_is_other_code_and_goes_on_as_itself(tmp_path):
+def test_a_copy_of_train_py_or_model_py_is_other_code_and_goes_on_as_itself(tmp_path):
     copy = shutil.copy(ROOT / "train.py", tmp_path / "train_copy.py")
     with open(copy, "a") as file:
         file.write("# edited")
@@ -1450,6 +1450,11 @@ def test_a_copy_of_train_py_is_other_code_and_goes_on_as_itself(tmp_path):
     ours, theirs = train.hashes("aux"), names["hashes"]("aux")
     assert {key for key in ours if ours[key] != theirs[key]} == {"train_sha256"}
     assert names["command"]("train", "aux") == f"python {copy}"
+    shutil.copy(ROOT / "prepare_data.py", tmp_path)
+    copy = shutil.copy(ROOT / "model.py", tmp_path / "my_model.py")
+    with open(copy, "a") as file:
+        file.write("# edited")
+    assert runpy.run_path(copy)["CODE"] != model.CODE
 
 
 def test_a_router_that_is_edited_while_its_run_prepares_data_is_known_as_it_was(
@@ -2089,9 +2094,12 @@ def test_the_next_command_works_from_any_folder_and_registers_an_own_router(monk
                                 f"{name}.main)", "my run"] for name in ("train", "analyze")]
     monkeypatch.chdir("docs")
     assert commands("aux")[1] == ["python", str(ROOT / "analyze.py"), "my run"]
-    go_on, look = commands("own", __file__=str(ROOT / "my-router.py"))
-    assert go_on == ["python", str(ROOT / "my-router.py"), "my run"]
-    assert look[2] == (f"import sys; sys.path.append('{ROOT}'); __import__(\"my-router\"); "
+    # a script that trains several runs is not started again
+    assert "sweep" not in str(commands("own", __file__=str(ROOT / "sweep.py")))
+    monkeypatch.setitem(ROUTERS, "own", type("Own", (), {"__module__": "__main__"}))
+    go_on, look = commands("own", __file__=__file__)
+    assert go_on == ["python", __file__, "my run"]
+    assert look[2] == (f"import sys; sys.path.insert(0, '{ROOT}'); __import__(\"test_all\"); "
                        "import analyze; analyze.cli(analyze.main)")
 
 

@@ -475,15 +475,16 @@ def finish(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
 
 def command(script: str, router: str, *flags: str) -> str:
     """What the user types next to train or analyze. A router of their own is registered by the
-    script that was started or, in a notebook, by the modules that define it."""
+    module that defines it: the script that was started, or one that it imports."""
     path = Path(__file__) if script == "train" else Path(__file__).with_name(f"{script}.py")
     modules, folder = [module for module, _ in own_code(router)], Path.cwd()
     started = getattr(sys.modules["__main__"], "__file__", None)
-    if modules and started:
-        path, modules, folder = Path(started), [Path(started).stem], Path(started).parent
-    if not modules or started and script == "train":
+    if started and "__main__" in modules:
+        folder = Path(started).parent
+        path, modules = (Path(started), []) if script == "train" else (path, [Path(started).stem])
+    if not modules:
         return shlex.join(["python", path.name if path.parent == Path.cwd() else str(path), *flags])
-    own = "" if folder == Path.cwd() else f"import sys; sys.path.append({str(folder)!r}); "
+    own = "" if folder == Path.cwd() else f"import sys; sys.path.insert(0, {str(folder)!r}); "
     # __import__ takes a file called my-router.py, too
     own += "".join(f'__import__("{module}"); ' for module in modules)
     call = f"{own}import {script}; {script}.cli({script}.main)"
