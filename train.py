@@ -480,8 +480,10 @@ def command(script: str, router: str, *flags: str) -> str:
     modules, folder = [module for module, _ in own_code(router)], Path.cwd()
     started = getattr(sys.modules["__main__"], "__file__", None)
     if started and "__main__" in modules:
-        folder = Path(started).parent
-        path, modules = (Path(started), []) if script == "train" else (path, [Path(started).stem])
+        if script == "train":
+            path, modules = Path(started), []
+        else:
+            modules, folder = [Path(started).stem], Path(started).parent
     if not modules:
         return shlex.join(["python", path.name if path.parent == Path.cwd() else str(path), *flags])
     own = "" if folder == Path.cwd() else f"import sys; sys.path.insert(0, {str(folder)!r}); "
