@@ -33,15 +33,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    CODE, INCIDENTAL, code_hashes, expert_activations, expert_colors, load_balance, load_checkpoint,
-    perplexity, read_log, router_cosines, router_similarity, spearman, validate, watch)
+    CODE, INCIDENTAL, code_of, expert_activations, expert_colors, file_hash, load_balance,
+    load_checkpoint, perplexity, read_log, router_cosines, router_similarity, spearman, validate,
+    watch)
 from prepare_data import (
     Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable, unused,
     visible)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
-# of all code that a measurement depends on: numbers of different code are not averaged
-CODE_SHA256 = hashlib.sha256(Path(__file__).read_bytes() + CODE).hexdigest()
+MEASURED_BY = {"analyze.py": file_hash(__file__)}  # as it was imported
 
 
 def warn(sentence: str) -> None:
@@ -77,14 +77,13 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
     step, evaluation = checkpoint["step"], checkpoint["evaluation"]
-    settings = checkpoint["config"] | {
-        "analyze_sha256": CODE_SHA256, "history": ", ".join(  # a --resume's changes
-            f"{what} was {str(old)[:8]} to step {end}" for end, what, old in checkpoint["history"])}
-    settings |= {key: checkpoint[key] for key in (
-        "data_sha256", "val_sha256", "code_sha256", "router_sha256", "train_sha256")}
-    router_now = code_hashes(c.router)["router_sha256"]
-    if router_now != checkpoint["router_sha256"]:
-        settings["measured_router_sha256"] = router_now
+    # numbers of different code are not averaged: of that which trained, and of that which measures
+    settings = checkpoint["config"] | checkpoint["code"] | MEASURED_BY | {
+        f"{what}, measuring": now for what, now in code_of(c.router).items()
+        if now != checkpoint["code"].get(what)}
+    settings |= {"history": ", ".join(  # a --resume's changes
+        f"{what} was {old} to step {end}" for end, what, old in checkpoint["history"])}
+    settings |= {key: checkpoint[key] for key in ("data_sha256", "val_sha256")}
     log = [record for record in read_log(folder / "log.jsonl")
            if "val_loss" in record and record["step"] <= step]
     data = open_dataset(Path("data", settings["dataset"]), c.block_size, c.vocab_size)
@@ -293,11 +292,10 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
 
     (E, H, C), K = mixtures[0].w_gate.shape, layers[0].indices.shape[1]
     settings = {
-        "analyze_sha256": CODE_SHA256, "router": c.model_type,
-        "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
+        "router": c.model_type, "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
         "dtype": str(model.dtype).removeprefix("torch."), "n_embd": C, "n_expert": E, "top_k": K,
         "d_expert": H, "block_size": ids.shape[1] - 1,
-        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
+        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()} | CODE | MEASURED_BY
     about = {"router": c.model_type, "seed": None, "step": None, "settings": settings, "log": [],
              "perplexity": perplexity(loss / len(tokens)), "val_tokens": len(tokens)}
     return Observed(about, tokens, piece, layers)
@@ -527,7 +525,7 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
         for group, one in zip(groups, settings):
             # an --hf model has not the settings of a training; a run may be older than one of them
             if key in one or "max_iters" in one:
-                value = str(one.get(key, "absent"))[:8 if key.endswith("sha256") else None]
+                value = str(one.get(key, "absent"))[:12 if key.endswith("sha256") else None]
                 found.setdefault(key, {}).setdefault(value or "none", []).append(group.label)
     return {key: labels for key, labels in found.items() if len(labels) > 1}
 
@@ -602,9 +600,9 @@ def paired_differences(groups: list[Group]) -> list[str]:
     for earlier, later in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in later.runs for y in earlier.runs
                  if x["seed"] == y["seed"]]
-        # a router of your own is a name and a file; by what code a run is seen does not matter here
-        different = {"router" if key == "router_sha256" else key
-                     for key in differing([later, earlier])} - {"analyze_sha256"}
+        # a router of your own is a name and its code; by what code it is measured does not matter
+        different = {key.split(" ")[0] for key in differing([later, earlier])
+                     if key not in MEASURED_BY and not key.endswith(", measuring")}
         if len(pairs) > 1 and len(different) == 1 and not different & OTHER_TEXT:
             percent = [100 * (x / y - 1) for x, y in pairs]
             error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
@@ -874,7 +872,7 @@ def read_metrics(path: Path) -> dict[str, dict]:
     try:
         runs = json.loads(path.read_text())
         for run in runs.values():
-            run["settings"]["analyze_sha256"]  # KeyError if it is missing
+            run["settings"]["analyze.py"]  # KeyError if it is missing
         return runs
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None

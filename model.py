@@ -20,6 +20,7 @@ import textwrap
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from uuid import uuid4
 
@@ -30,6 +31,15 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from routers import ROUTERS, Router
+
+
+def router_class(name: str) -> type | None:
+    """The class of that name; None if there is none. Your own are registered in ROUTERS, each by
+    a module NAME.py beside this file, which is imported here."""
+    own = name not in ROUTERS and name.isidentifier()
+    if own and Path(__file__).with_name(f"{name}.py").exists():
+        import_module(name)
+    return ROUTERS.get(name)
 
 
 @dataclass
@@ -43,7 +53,7 @@ class Config:
     n_expert: int = 16               # E, experts in a layer
     top_k: int = 2                   # K, experts that a token goes to
     d_expert: int = 128              # H, width of an expert
-    router: str = "kmeans"           # aux, lossfree, kmeans or none
+    router: str = "kmeans"           # aux, lossfree, kmeans, none, or a module of your own
     score_fn: str = "softmax"        # softmax or sigmoid: the scores of the learned routers
     aux_loss_coef: float = 0.01      # aux: weight of the load-balancing loss
     z_loss_coef: float = 0.0         # learned routers: weight of the z-loss; OLMoE takes 0.001
@@ -62,8 +72,9 @@ class Config:
                        "a multiple of 8 (grouped_mm wants rows of 16 bytes, in bfloat16 too)")
         self.check(1 <= self.top_k <= self.n_expert, "top_k",
                    f"from 1 to n_expert = {self.n_expert}")
-        self.check(isinstance(ROUTERS.get(self.router), type), "router",
-                   f"one of {', '.join(ROUTERS)} or a class that your script registers")
+        self.check(isinstance(router_class(self.router), type), "router",
+                   f"one of {', '.join(ROUTERS)}, or the name of a Python module beside model.py "
+                   "that registers a class under this name")
         self.check(self.score_fn in ("softmax", "sigmoid"), "score_fn", "softmax or sigmoid")
         self.check(0 <= self.ema_decay < 1, "ema_decay", "from 0 to below 1")
         self.check(self.gate_temperature > 0, "gate_temperature", "positive")
@@ -491,31 +502,33 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 # differ in nothing else count as the same experiment
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_interval",
               "log_interval"}
-# what gives a model its numbers, as it was imported: the files may be edited later
-CODE = b"".join(Path(file).read_bytes() for file in (
-    __file__, sys.modules["routers"].__file__, Path(__file__).with_name("prepare_data.py")))
+
+
+def file_hash(file) -> str:
+    """-> 12 digits of the SHA-256 of a file."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+
+
+# the code that gives a model its numbers, as it was imported: the files may be edited later
+CODE = {Path(file).name: file_hash(file) for file in (
+    __file__, sys.modules["routers"].__file__, Path(__file__).with_name("prepare_data.py"))}
 
 
 @cache  # as it was when the class was first looked at
-def source_of(cls) -> bytes:
-    """The file that defines a class. In a notebook there is none, so each time that a cell defines
-    the class anew counts as other code."""
+def class_hash(cls) -> str:
+    """Of the file that defines a class. In a notebook there is none, so each time that a cell
+    defines the class anew counts as other code."""
     file = getattr(sys.modules[cls.__module__], "__file__", None)
-    return Path(file).read_bytes() if file else uuid4().bytes
+    return file_hash(file) if file else uuid4().hex[:12]
 
 
-def own_code(router: str) -> list[tuple[str, bytes]]:
-    """(module, source) of your code in a run: what defines the router or one of its bases."""
+def code_of(router: str) -> dict[str, str]:
+    """{what: hash} of the code of a model with this router, to tell the numbers of edited code
+    apart: CODE and, of your own router, the files that define it and its base classes."""
     known = sys.stdlib_module_names | {"torch", "routers"}
-    return list(dict.fromkeys((cls.__module__, source_of(cls)) for cls in ROUTERS[router].__mro__
-                              if cls.__module__.split(".")[0] not in known))
-
-
-def code_hashes(router: str) -> dict[str, str]:
-    """What tells the numbers of edited code apart; empty for the router if it is a built-in one."""
-    own = b"".join(source for _, source in own_code(router))
-    return {"code_sha256": hashlib.sha256(CODE).hexdigest(),
-            "router_sha256": hashlib.sha256(own).hexdigest() if own else ""}
+    own = dict.fromkeys(class_hash(cls) for cls in ROUTERS[router].__mro__
+                        if cls.__module__.split(".")[0] not in known)
+    return CODE | ({f"router {router}": " ".join(own)} if own else {})
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
@@ -525,10 +538,10 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         for key in ("optimizer", "step", "evaluation", "rng", "history", "data_sha256",
-                    "val_sha256", "code_sha256", "router_sha256", "train_sha256", "tokenizer"):
+                    "val_sha256", "code", "tokenizer"):
             checkpoint[key]  # KeyError if it is missing
         router = checkpoint["config"]["router"]
-        if router in ROUTERS:
+        if router_class(router):
             names = {field.name for field in fields(Config)}  # a newer field has its default
             model = SMoETransformer(Config(**{
                 name: value for name, value in checkpoint["config"].items() if name in names}))
@@ -540,12 +553,12 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
         raise ValueError(f"{path} is damaged, or no checkpoint of the code as it is now ({reason})."
                          ) from None
     if router not in ROUTERS:
-        raise ValueError(f"{path} is of {router!r}, a router that is not registered here; import "
-                         "your code first, as the command does that its run said at its end.")
-    if any(checkpoint[key] != now for key, now in code_hashes(router).items()):
-        print(f"{path} was trained by other code than it is read by (routers.py, model.py, "
-              "prepare_data.py or your own): its numbers may not be those of either.",
-              file=sys.stderr)
+        raise ValueError(f"{path} is of the router {router!r}, and there is no {router}.py beside "
+                         "model.py that registers it.")
+    changed = [what for what, now in code_of(router).items() if checkpoint["code"].get(what) != now]
+    if changed:
+        print(f"{path} was trained with another {', '.join(changed)} than it is read with: its "
+              "numbers may not be those of either.", file=sys.stderr)
     return model, checkpoint
 
 

@@ -887,7 +887,9 @@ def test_too_little_memory_is_a_sentence_and_a_bug_is_not(error, words, capsys):
 
 
 @pytest.mark.parametrize("command, words", [
-    ("train --router=best", "router must be one of aux, lossfree, kmeans, none or a class"),
+    ("train --router=best", "router must be one of aux, lossfree, kmeans, none, or the name"),
+    ("train --router=../best", "a Python module beside model.py that registers a class"),
+    ("train --router=test_all", "that registers a class under this name, not 'test_all'"),
     ("train --config=7b", "config must be one of tiny, small, 1b"),
     ("train --lr=1", "unrecognized arguments: --lr=1; python train.py --help lists the flags"),
     ("train --max_iters=many", "max_iters: invalid int value: 'many'"),
@@ -951,7 +953,7 @@ def test_a_folder_that_holds_a_run_or_is_in_use_by_one_is_refused(workdir):
 
 @pytest.mark.parametrize("damage, words", [
     (lambda state: state["model"].pop("norm.weight"), "norm.weight"),
-    (lambda state: state.pop("train_sha256"), "KeyError"), (lambda state: state.pop("rng"), "rng"),
+    (lambda state: state.pop("code"), "KeyError"), (lambda state: state.pop("rng"), "rng"),
     (lambda state: state.clear(), "KeyError"), (None, "is damaged")])
 def test_a_damaged_or_foreign_checkpoint_gets_one_sentence_that_names_it(damage, words, workdir):
     run_train("--out_dir=out/a", "--max_iters=3")
@@ -1388,9 +1390,8 @@ def test_text_lines_are_whole_lines_of_text_with_the_expert_of_each_token():
 def a_run(perplexity=4.0, seed=1, step=6, tokens=64, **settings):
     """What metrics.json says of a run, as far as the tables need it."""
     settings = {"router": "aux", "seed": seed, "max_iters": 6, "top_k": 2, "z_loss_coef": 0.0,
-                "data_sha256": "a", "code_sha256": "a", "val_sha256": "a", "router_sha256": "",
-                "analyze_sha256": "a", "block_size": 16, "history": "", "out_dir": f"out/{seed}"
-                } | settings
+                "data_sha256": "a", "val_sha256": "a", "model.py": "a", "analyze.py": "a",
+                "block_size": 16, "history": "", "out_dir": f"out/{seed}"} | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
             "tokens": tokens, "settings": settings}
 
@@ -1406,7 +1407,7 @@ def test_runs_of_one_name_that_differ_in_the_seed_alone_are_one_group_and_no_cop
 
 
 @pytest.mark.parametrize("change", [
-    {"data_sha256": "b"}, {"code_sha256": "b"}, {"step": 3}, {"top_k": 4}, {"tokens": 4096},
+    {"data_sha256": "b"}, {"model.py": "b"}, {"step": 3}, {"top_k": 4}, {"tokens": 4096},
     {"val_sha256": "b"}, {"eval_tokens": 64}, {"history": "max_iters was 3 to step 3"}])
 def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(change):
     groups = analyze.group_runs({"aux-1": a_run(), "aux-2": a_run(seed=2, **change)})
@@ -1421,15 +1422,15 @@ def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(chan
 
 def test_edited_code_is_another_experiment_and_a_run_of_it_is_not_measured_without_a_word(
         workdir, monkeypatch, capsys):
-    other = "was trained by other code than it is read by"
+    other = "was trained with another model.py than it is read with"
     run_train("--out_dir=out/a-1", "--max_iters=3")
     with monkeypatch.context() as edited:
-        edited.setattr(model, "CODE", b"edited")
-        edited.setattr(train, "CODE_SHA256", "edited")
+        edited.setitem(model.CODE, "model.py", "edited")
+        edited.setitem(train.CODE, "train.py", "edited")
         resume("--out_dir=out/a-1", "--max_iters=4")
         assert capsys.readouterr().err.count(other) == 1
         assert [what for _, what, _ in checkpoint_of("out/a-1")["history"]] == [
-            "max_iters", "code_sha256", "train_sha256"]
+            "max_iters", "model.py", "train.py"]
         assert checkpoint_of("out/a-1/step-3")["history"] == []  # what it was is kept
         run_train("--out_dir=out/a-3", "--seed=3", "--max_iters=4")
     analyze.main(["out/a-1", "out/a-3", "--tokens=64"])
@@ -1442,31 +1443,32 @@ def test_a_run_knows_the_code_of_its_own_router_and_base_classes_and_of_no_other
         tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "elsewhere", SimpleNamespace())  # as in a notebook
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(__file__=tmp_path / "mine.py"))
-    hashes = set()
+    found = []
     for text in ("# one", "# two"):
         (tmp_path / "mine.py").write_text(text)
         base = type("Base", (ROUTERS["aux"],), {"__module__": "mine", "gate": lambda self, x: x})
         monkeypatch.setitem(ROUTERS, "own", type("Own", (base,), {"__module__": "elsewhere"}))
-        hashes |= {train.hashes(router)["router_sha256"] for router in ("own", "aux")}
+        found.append(model.code_of("own"))
         # edited in a session that goes on with what it has imported
         (tmp_path / "mine.py").write_text("# later")
-        assert train.hashes("own")["router_sha256"] in hashes
-    assert len(hashes) == 3 and "" in hashes
+        assert model.code_of("own") == found[-1]
+    assert found[0] != found[1] and {**found[0], **found[1]}.keys() - model.CODE == {"router own"}
+    assert model.code_of("aux") == model.CODE
 
 
 def test_a_copy_of_train_py_or_model_py_is_other_code_and_goes_on_as_itself(tmp_path):
-    copy = shutil.copy(ROOT / "train.py", tmp_path / "train_copy.py")
-    with open(copy, "a") as file:
-        file.write("# edited")
-    names = runpy.run_path(copy)
-    ours, theirs = train.hashes("aux"), names["hashes"]("aux")
-    assert {key for key in ours if ours[key] != theirs[key]} == {"train_sha256"}
-    assert names["command"]("train", "aux") == f"python {copy}"
-    shutil.copy(ROOT / "prepare_data.py", tmp_path)
-    copy = shutil.copy(ROOT / "model.py", tmp_path / "my_model.py")
-    with open(copy, "a") as file:
-        file.write("# edited")
-    assert runpy.run_path(copy)["CODE"] != model.CODE
+    for name in ("train", "model", "prepare_data"):
+        with open(shutil.copy(ROOT / f"{name}.py", tmp_path / f"my_{name}.py"), "a") as file:
+            file.write("# edited")
+    copied = runpy.run_path(tmp_path / "my_train.py")
+    assert copied["CODE"].keys() == {"my_train.py"} and copied["CODE"] != train.CODE
+    assert copied["command"](tmp_path / "my_train.py", "my run") == (
+        f"python {tmp_path}/my_train.py 'my run'")
+    shutil.move(tmp_path / "my_prepare_data.py", tmp_path / "prepare_data.py")
+    copied = runpy.run_path(tmp_path / "my_model.py")["CODE"]
+    assert copied.keys() - model.CODE == {"my_model.py"}
+    assert copied["routers.py"] == model.CODE["routers.py"]
+    assert copied["prepare_data.py"] != model.CODE["prepare_data.py"]
 
 
 def test_a_router_that_is_edited_while_its_run_prepares_data_is_known_as_it_was(
@@ -1478,7 +1480,8 @@ def test_a_router_that_is_edited_while_its_run_prepares_data_is_known_as_it_was(
     monkeypatch.setattr(train, "open_data", lambda *args: (
         Path("mine.py").write_text("# two"), open_data(*args))[1])
     run_train("--router=own", "--out_dir=out/a", "--max_iters=1")
-    assert checkpoint_of("out/a")["router_sha256"] == hashlib.sha256(b"# one").hexdigest()
+    assert checkpoint_of("out/a")["code"]["router own"] == hashlib.sha256(
+        b"# one").hexdigest()[:12]
 
 
 def test_groups_look_different_in_colour_or_marker_however_many_there_are():
@@ -1514,7 +1517,8 @@ def test_differences_in_perplexity_are_paired_by_seed():
     runs |= {f"long-{seed}": a_run(4.0, seed, block_size=32) for seed in aux}
     # two things differ, or the windows do
     assert len(analyze.paired_differences(analyze.group_runs(runs))) == 1
-    runs = {f"mine-{seed}": a_run(4.0, seed, router="mine", router_sha256="b", analyze_sha256="b")
+    runs = {f"mine-{seed}": a_run(4.0, seed, **{
+        "router": "mine", "router mine": "b", "router mine, measuring": "c", "analyze.py": "b"})
             for seed in aux} | {f"aux-{seed}": a_run(4.0, seed) for seed in aux}
     assert "aux - mine: +0.00" in analyze.paired_differences(analyze.group_runs(runs))[0]
 
@@ -1705,7 +1709,7 @@ def test_broken_runs_get_a_sentence_each_and_the_others_are_done(workplace, tmp_
         f"--out_dir={tmp_path}", cwd=workplace)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     for line, sentence in zip(done.stderr.splitlines(), (
-            "not a metrics.json", "damaged", "'mine', a router that is not", "is not there"),
+            "not a metrics.json", "damaged", "'mine', and there is no mine.py", "is not there"),
             strict=True):
         assert "is left out: " in line and sentence in line
         assert "--" not in line  # no advice to pass a flag, as analyze.py has none for this
@@ -2093,42 +2097,27 @@ def test_the_readmes_snippet_shows_the_identity(capsys):
     assert (torch.cat([lossfree[8:], aux]) - 1).abs().max() < 1e-3
 
 
-def test_the_readmes_router_trains_and_is_analyzed_by_the_command_that_it_prints(workdir):
+def test_the_readmes_router_trains_and_goes_on_and_is_analyzed_by_the_commands_that_are_printed(
+        workdir):
+    for name in ("routers.py", "model.py", "prepare_data.py", "train.py", "analyze.py"):
+        shutil.copy(ROOT / name, workdir)
     code = re.search(r"```python\n(# my_router\.py.*?)```", README, re.DOTALL)[1]
     Path("my_router.py").write_text(code)
-    done = python("my_router.py", *TOY, "--router=random", "--max_iters=3")
+    done = python("train.py", *TOY, "--router=my_router", "--max_iters=3")
     assert done.returncode == 0, done.stderr
-    analysis = shlex.split(done.stdout.rsplit("next: ")[1])
-    done = python(*analysis[1:], env={"PYTHONIOENCODING": "ascii"})  # the table has a dash
-    assert done.returncode == 0, done.stderr
-    assert "other code" not in done.stderr
-    metrics = json.loads(Path("out/analysis/metrics.json").read_text())["random"]
+    assert done.stdout.endswith("next: python analyze.py out/my_router\n")
+    Path("my_router.py").write_text(code + "# edited")
+    done = python("train.py", "--router=my_router", "--resume", "--max_iters=4")
+    assert "before a change of max_iters, router my_router, is kept" in done.stdout
+    assert "was trained with another router my_router than it is read with" in done.stderr
+    # the table has a dash
+    done = python("analyze.py", "out/my_router", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "another" not in done.stderr, done.stderr
+    metrics = json.loads(Path("out/analysis/metrics.json").read_text())["my_router"]
     assert metrics["unrouted_gradient_share"] is None and metrics["perplexity"] > 0
-    wrong = python("my_router.py", "--router=hush")
-    *_, sentence = wrong.stderr.splitlines()
-    assert wrong.returncode == 2 and sentence.startswith("my_router.py: router must be one of")
-
-
-def test_the_next_command_works_from_any_folder_and_registers_an_own_router(monkeypatch):
-    def commands(router, **main):
-        monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(**main))
-        return [shlex.split(train.command(script, router, "my run")) for script in (
-            "train", "analyze")]
-    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(__file__=__file__))
-    monkeypatch.setitem(ROUTERS, "own", type("Own", (), {"__module__": "mine"}))
-    monkeypatch.chdir(ROOT)
-    assert commands("aux") == [["python", f"{name}.py", "my run"] for name in ("train", "analyze")]
-    assert commands("own") == [["python", "-c", f"__import__(\"mine\"); import {name}; {name}.cli("
-                                f"{name}.main)", "my run"] for name in ("train", "analyze")]
-    monkeypatch.chdir("docs")
-    assert commands("aux")[1] == ["python", str(ROOT / "analyze.py"), "my run"]
-    # a script that trains several runs is not started again
-    assert "sweep" not in str(commands("own", __file__=str(ROOT / "sweep.py")))
-    monkeypatch.setitem(ROUTERS, "own", type("Own", (), {"__module__": "__main__"}))
-    go_on, look = commands("own", __file__=__file__)
-    assert go_on == ["python", __file__, "my run"]
-    assert look[2] == (f"import sys; sys.path.insert(0, '{ROOT}'); __import__(\"test_all\"); "
-                       "import analyze; analyze.cli(analyze.main)")
+    Path("my_router.py").unlink()
+    assert "there is no my_router.py beside model.py" in python(
+        "model.py", "out/my_router").stderr.splitlines()[-1]
 
 
 def test_every_link_and_every_file_that_the_documents_name_is_there():

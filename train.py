@@ -10,7 +10,6 @@ Every field of TrainConfig below is a flag: --name=value. A run writes out/<run>
 out/<run>/ckpt.pt; Ctrl-C and SIGTERM finish the step and save."""
 import argparse
 import copy
-import hashlib
 import inspect
 import json
 import math
@@ -19,7 +18,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
@@ -34,14 +32,14 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, Config, SMoETransformer, code_hashes, coupling_spearman, load_balance,
-    load_checkpoint, own_code, perplexity, read_log, router_similarity, validate)
+    INCIDENTAL, Config, SMoETransformer, code_of, coupling_spearman, file_hash, load_balance,
+    load_checkpoint, perplexity, read_log, router_similarity, validate)
 from prepare_data import (
     Parser, cli, eval_batches, get_batch, get_tokenizer, lock, open_dataset, prepare,
     printable, unused)
 from routers import update_routers
 
-CODE_SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # as it was imported
+CODE = {Path(__file__).name: file_hash(__file__)}  # as it was imported
 
 
 # ---------------------------------------------------------------- settings
@@ -326,11 +324,6 @@ def write_log(path: Path, records: list[dict], anew: bool) -> None:
         raise OSError(f"{path} could not be written ({error.strerror}).") from error
 
 
-def hashes(router: str) -> dict[str, str]:
-    """Of the code that makes a run what it is. A copy of this file is other code as well."""
-    return code_hashes(router) | {"train_sha256": CODE_SHA256}
-
-
 def describe(c: TrainConfig, dtype: torch.dtype, data) -> dict:
     """What a checkpoint says of its run, to which begin() adds the history."""
     config = asdict(c) | {"dtype": str(dtype).removeprefix("torch."),  # what auto came to
@@ -338,7 +331,7 @@ def describe(c: TrainConfig, dtype: torch.dtype, data) -> dict:
     return dict(
         config=config, history=[], data_sha256=data.meta["sha256"]["train.bin"],
         val_sha256=data.meta["sha256"]["val.bin"], tokenizer=data.meta["tokenizer"]["name"],
-        **hashes(c.router))
+        code=code_of(c.router) | CODE)
 
 
 def save_checkpoint(path: Path, about: dict, model, optimizer, step: int,
@@ -470,27 +463,13 @@ def finish(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
     print(f"load CV {c.n_expert * metrics['load_std']:.3f} (even load: 0, all tokens to {c.top_k} "
           f"experts: {collapsed:.3f})")
     print(f"the run lies in {c.out_dir}; next: "
-          + command("analyze", c.router, c.out_dir))
+          + command(Path(__file__).with_name("analyze.py"), c.out_dir))
 
 
-def command(script: str, router: str, *flags: str) -> str:
-    """What the user types next to train or analyze. A router of their own is registered by the
-    module that defines it: the script that was started, or one that it imports."""
-    path = Path(__file__) if script == "train" else Path(__file__).with_name(f"{script}.py")
-    modules, folder = [module for module, _ in own_code(router)], Path.cwd()
-    started = getattr(sys.modules["__main__"], "__file__", None)
-    if started and "__main__" in modules:
-        if script == "train":
-            path, modules = Path(started), []
-        else:
-            modules, folder = [Path(started).stem], Path(started).parent
-    if not modules:
-        return shlex.join(["python", path.name if path.parent == Path.cwd() else str(path), *flags])
-    own = "" if folder == Path.cwd() else f"import sys; sys.path.insert(0, {str(folder)!r}); "
-    # __import__ takes a file called my-router.py, too
-    own += "".join(f'__import__("{module}"); ' for module in modules)
-    call = f"{own}import {script}; {script}.cli({script}.main)"
-    return shlex.join(["python", "-c", call, *flags])
+def command(script: Path, *flags: str) -> str:
+    """What the user types next, in the folder where they are."""
+    name = script.name if script.parent == Path.cwd() else str(script)
+    return shlex.join(["python", name, *flags])
 
 
 def restore(loaded: tuple, data, device, c: TrainConfig) -> tuple:
@@ -519,10 +498,11 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
         records = [record for record in read_log(out_dir / "log.jsonl") if record["step"] <= step]
         # with other code or another max_iters it is no longer the run that it was: note it, in the
         # history as [step of the change, what, old value], and keep what it was
-        before, now = ({"max_iters": state["config"]["max_iters"]} | state
+        before, now = ({"max_iters": state["config"]["max_iters"]} | state["code"]
                        for state in (loaded[1], about))
-        changed = [name for name in ("max_iters", *hashes(c.router)) if before[name] != now[name]]
-        about["history"] = before["history"] + [[step, name, before[name]] for name in changed]
+        changed = [what for what in before | now if before.get(what) != now.get(what)]
+        about["history"] = loaded[1]["history"] + [
+            [step, what, before.get(what, "absent")] for what in changed]
         kept = out_dir / f"step-{step}"
         # an earlier try may have kept it, and somebody may have gone on with it there
         if machine.rank == 0 and changed and not (kept / "ckpt.pt").exists():
@@ -616,14 +596,14 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
     bar.close()
     if master and step < c.max_iters:
         print(f"stopped and saved at step {step}; go on with: "
-              + command("train", c.router, f"--out_dir={c.out_dir}", "--resume"))
+              + command(Path(__file__), f"--out_dir={c.out_dir}", "--resume"))
     elif master:
         finish(raw_model, data, metrics, autocast, c)
 
 
 def main(argv: list[str]) -> None:
     c, loaded = parse_args(argv)
-    own_code(c.router)  # reads your router's file, which you may edit while data is prepared
+    code_of(c.router)  # reads your router's file, which you may edit while data is prepared
     if c.bench:
         return bench(c)
     machine = set_up(c)
