@@ -638,15 +638,11 @@ def test_a_run_that_goes_on_beyond_its_plan_says_so_and_keeps_its_first_result(w
     run_train("--out_dir=out/a", "--max_iters=3")
     resume("--max_iters=6")
     assert checkpoint_of("out/a")["history"] == [[3, "max_iters", 3]]
-    assert checkpoint_of("out/a/step-3")["evaluation"]
-
-
-def test_what_was_kept_and_has_gone_on_since_is_not_replaced(workdir):
-    run_train("--out_dir=out/a", "--max_iters=3")
-    shutil.copytree("out/a", "out/a/step-3")  # kept by a resume that was killed at once
-    resume("--out_dir=out/a/step-3", "--max_iters=6")
+    assert checkpoint_of("out/a.old1")["evaluation"]
+    resume("--out_dir=out/a.old1", "--max_iters=4")  # what was kept can go on, and is kept then
     resume("--max_iters=9")
-    assert checkpoint_of("out/a/step-3")["step"] == 6 == len(read_log("out/a/step-3")) - 1
+    assert [len(read_log(f"out/{name}")) for name in ("a.old1", "a.old1.old1", "a.old2", "a")] == [
+        5, 4, 7, 10]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
@@ -1431,7 +1427,7 @@ def test_edited_code_is_another_experiment_and_a_run_of_it_is_not_measured_witho
         assert capsys.readouterr().err.count(other) == 1
         assert [what for _, what, _ in checkpoint_of("out/a-1")["history"]] == [
             "max_iters", "model.py", "train.py"]
-        assert checkpoint_of("out/a-1/step-3")["history"] == []  # what it was is kept
+        assert checkpoint_of("out/a-1.old1")["history"] == []  # what it was is kept
         run_train("--out_dir=out/a-3", "--seed=3", "--max_iters=4")
     analyze.main(["out/a-1", "out/a-3", "--tokens=64"])
     printed = capsys.readouterr()

@@ -496,20 +496,16 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
         model, optimizer, step = restore(loaded, data, machine.device, c)
         # the log forgets what came after the checkpoint
         records = [record for record in read_log(out_dir / "log.jsonl") if record["step"] <= step]
-        # with other code or another max_iters it is no longer the run that it was: note it, in the
-        # history as [step of the change, what, old value], and keep what it was
+        # with other code or another max_iters it is no longer the run that it was: note that, in
+        # the history as [step of the change, what, old value], and keep what it was
         before, now = ({"max_iters": state["config"]["max_iters"]} | state["code"]
                        for state in (loaded[1], about))
         changed = [what for what in before | now if before.get(what) != now.get(what)]
         about["history"] = loaded[1]["history"] + [
             [step, what, before.get(what, "absent")] for what in changed]
-        kept = out_dir / f"step-{step}"
-        # an earlier try may have kept it, and somebody may have gone on with it there
-        if machine.rank == 0 and changed and not (kept / "ckpt.pt").exists():
-            kept.mkdir(exist_ok=True)
-            write_log(kept / "log.jsonl", records, anew=True)
-            shutil.copy(out_dir / "ckpt.pt", kept / "ckpt.tmp")
-            os.replace(kept / "ckpt.tmp", kept / "ckpt.pt")
+        if machine.rank == 0 and changed:
+            kept = unused(out_dir.parent, f"{out_dir.name}.old")
+            shutil.copytree(out_dir, kept)
             print(f"The run as it was at step {step}, before a change of {', '.join(changed)}, is "
                   f"kept in {kept}.")
     else:
