@@ -33,15 +33,6 @@ from torch.nn.functional import grouped_mm
 from routers import ROUTERS, Router
 
 
-def router_class(name: str) -> type | None:
-    """The class of that name; None if there is none. Your own are registered in ROUTERS, each by
-    a module NAME.py beside this file, which is imported here."""
-    own = name not in ROUTERS and name.isidentifier()
-    if own and Path(__file__).with_name(f"{name}.py").exists():
-        import_module(name)
-    return ROUTERS.get(name)
-
-
 @dataclass
 class Config:
     """Model and router, one field per choice. Raises ValueError with the name of a bad field."""
@@ -502,6 +493,15 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 # differ in nothing else count as the same experiment
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_interval",
               "log_interval"}
+
+
+def router_class(name: str) -> type | None:
+    """The class of that name; None if there is none. Your own are registered in ROUTERS, each by
+    a module NAME.py beside this file, which is imported here."""
+    own = name not in ROUTERS and name.isidentifier()
+    if own and Path(__file__).with_name(f"{name}.py").exists():
+        import_module(name)
+    return ROUTERS.get(name)
 
 
 def file_hash(file) -> str:
