@@ -33,12 +33,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    CODE, INCIDENTAL, code_of, expert_activations, expert_colors, file_hash, load_balance,
-    load_checkpoint, perplexity, read_log, router_cosines, router_similarity, spearman, validate,
-    watch)
+    CODE, INCIDENTAL, changed_code, code_of, expert_activations, expert_colors, file_hash,
+    load_balance, load_checkpoint, perplexity, read_log, router_cosines, router_similarity,
+    spearman, validate, watch)
 from prepare_data import (
-    Parser, cli, eval_batches, get_tokenizer, lock, open_corpus, open_dataset, printable, unused,
-    visible)
+    Parser, cli, eval_batches, free_path, get_tokenizer, lock, open_corpus, open_dataset,
+    out_of_memory, printable, replacing, visible)
 
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
 MEASURED_BY = {"analyze.py": file_hash(__file__)}  # as it was imported
@@ -61,12 +61,13 @@ class Layer(NamedTuple):
     scores: Tensor        # (N, E) of every expert for every token, before any selection bias
     indices: Tensor       # (N, K) the selected experts, best first
     load: Tensor          # (E) tokens that each expert got; of a run, in its last evaluation
+    gradient_share: Tensor | None  # () unrouted_gradient_share, on one batch; None with --hf
 
 
 class Observed(NamedTuple):
     about: dict           # what metrics.json says of the model beside the metrics of its layers
     tokens: Tensor        # (N) ids, in the order of the layers' rows
-    text: Callable        # token id -> its text
+    text_of: Callable     # token id -> its text
     layers: list[Layer]
 
 
@@ -76,22 +77,14 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     evaluation. Raises ValueError for a run that cannot be measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
-    step, evaluation = checkpoint["step"], checkpoint["evaluation"]
-    # numbers of different code are not averaged: of that which trained, and of that which measures
-    settings = checkpoint["config"] | checkpoint["code"] | MEASURED_BY | {
-        f"{what}, measuring": now for what, now in code_of(c.router).items()
-        if now != checkpoint["code"].get(what)}
-    settings |= {"history": ", ".join(  # a --resume's changes
-        f"{what} was {old} to step {end}" for end, what, old in checkpoint["history"])}
-    settings |= {key: checkpoint[key] for key in ("data_sha256", "val_sha256")}
+    step, config, evaluation = (checkpoint[key] for key in ("step", "config", "evaluation"))
     log = [record for record in read_log(folder / "log.jsonl")
            if "val_loss" in record and record["step"] <= step]
-    data = open_dataset(Path("data", settings["dataset"]), c.block_size, c.vocab_size)
-    # seen_sha256: hash of the text that the layers are observed on; val_sha256: of the text that
-    # its perplexity is from. Runs are averaged over seeds only if both are equal
-    settings["seen_sha256"] = data.meta["sha256"]["val.bin"]
-    if data.meta["sha256"]["train.bin"] != settings["data_sha256"]:
-        warn(f"data/{settings['dataset']} is not the data that {folder} was trained on: it may "
+    # the last evaluation is on more tokens, so it is no point of the curves
+    log = [record for record in log if record.get("val_tokens") == log[0].get("val_tokens")]
+    data = open_dataset(Path("data", config["dataset"]), c.block_size, c.vocab_size)
+    if data.meta["sha256"]["train.bin"] != checkpoint["data_sha256"]:
+        warn(f"data/{config['dataset']} is not the data that {folder} was trained on: it may "
              "have seen some of the validation tokens in training.")
 
     def batches(n):  # n validation tokens, spaced as train.py spaces them, about 1,024 at a time
@@ -99,29 +92,39 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
                                       batch_size=max(1, 1024 // c.block_size))), folder.name, **BAR)
 
     model.to(device).eval()
-    if not evaluation:  # the run was stopped before its end
-        loss, n, load = validate(model, batches(settings["final_eval_tokens"]))
+    seen_sha256 = val_sha256 = data.meta["sha256"]["val.bin"]
+    if evaluation:
+        val_sha256 = checkpoint["val_sha256"]
+    else:  # the run was stopped before its end
+        loss, n, load = validate(model, batches(config["final_eval_tokens"]))
         evaluation = {"val_loss": loss / n, "val_tokens": n, "load": load}
-        settings["val_sha256"] = settings["seen_sha256"]
-    tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device))
+    tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device),
+                                    gradient_shares(model, *next(iter(batches(1024)))))
+    # runs are averaged over seeds only if all of this is equal
+    code, trained_by, now = checkpoint["code"], checkpoint["trained_by"], code_of(c.router)
+    settings = config | code | trained_by | MEASURED_BY | {
+        f"{what}, measuring": now.get(what, "absent") for what in changed_code(code, now)} | {
+        "history": ", ".join(f"{what} was {old} to step {end}"  # a --resume's changes
+                             for end, what, old in checkpoint["history"]) or "none",
+        "data_sha256": checkpoint["data_sha256"][:12],  # of the text that it was trained on,
+        "val_sha256": val_sha256[:12],                  # that its perplexity is of,
+        "seen_sha256": seen_sha256[:12]}                # that its layers are observed on
     about = {
-        "router": c.router, "seed": settings["seed"], "step": step, "settings": settings,
-        "perplexity": perplexity(evaluation["val_loss"]), "val_tokens": evaluation["val_tokens"],
-        # the last evaluation is on more tokens, so it is no point of the curves
-        "log": [record for record in log if record.get("val_tokens") == log[0].get("val_tokens")],
-        "unrouted_gradient_share_by_layer": gradient_shares(model, *next(iter(batches(1024))))}
+        "router": c.router, "seed": config["seed"], "step": step, "settings": settings, "log": log,
+        "perplexity": perplexity(evaluation["val_loss"]), "val_tokens": evaluation["val_tokens"]}
     try:
         encoding = get_tokenizer(checkpoint["tokenizer"])
-        text = lambda token: printable(encoding, [token]) or f"<{token}>"
+        text_of = lambda token: printable(encoding, [token]) or f"<{token}>"
     except ValueError as error:  # its vocabulary is not on this machine
-        text = lambda token: f"<{token}>"
+        text_of = lambda token: f"<{token}>"
         warn(f"experts.png shows token ids: {error}")
-    return Observed(about, tokens, text, layers)
+    return Observed(about, tokens, text_of, layers)
 
 
 @torch.no_grad()
-def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
-    """batches of idx and targets (B, T), loads (n_layer, E) -> tokens (N), the layers."""
+def observe_layers(model, batches, loads: Tensor, shares: Tensor) -> tuple[Tensor, list[Layer]]:
+    """batches of idx and targets (B, T), loads (n_layer, E), shares (n_layer) of gradients ->
+    tokens (N), the layers."""
     tokens, layers = [], []
     with watch(model.routers()) as seen:
         for idx, targets in batches:
@@ -132,7 +135,8 @@ def observe_layers(model, batches, loads: Tensor) -> tuple[Tensor, list[Layer]]:
         layers.append(Layer(
             depth, moe.router.directions.detach(), moe.w_gate.detach(), moe.w_up.detach(), None,
             x=torch.cat(xs), scores=torch.cat([routing.scores for routing in routings]),
-            indices=torch.cat([routing.indices for routing in routings]), load=loads[depth]))
+            indices=torch.cat([routing.indices for routing in routings]), load=loads[depth],
+            gradient_share=shares[depth]))
     return torch.cat(tokens), layers
 
 
@@ -236,7 +240,8 @@ def load_hf(folder: Path, dtype: str) -> tuple:
 def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor:
     """-> ids (B, T + 1): sequences of one length, evenly spaced in a text file or folder (None: in
     the validation documents of the data set stdlib); shorter than T where the text is short."""
-    dataset, T = text or "stdlib", min(T, n_tokens)
+    # an absolute path is never the name of a data set
+    dataset, T = os.path.abspath(os.path.expanduser(text)) if text else "stdlib", min(T, n_tokens)
     splits = ("train", "val") if text else ("val",)
     corpus = "".join(piece for split, piece in open_corpus(dataset, None, 0.05, Path("data"))
                      if split in splits)
@@ -283,9 +288,9 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
         best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (N, K)
         load = torch.bincount(indices.flatten(), minlength=scores.shape[1])  # (E)
         layers.append(Layer(mixture.depth, mixture.directions, mixture.w_gate, None, mixture.b_gate,
-                            x, scores, indices.gather(1, best), load))
+                            x, scores, indices.gather(1, best), load, None))
 
-    def piece(token: int) -> str:  # alone, a sentencepiece token loses the space in front of it
+    def text_of(token: int) -> str:  # alone, a sentencepiece token loses the space before it
         raw = str(tokenizer.convert_ids_to_tokens(token))
         text = raw.replace("▁", " ") if "▁" in raw else tokenizer.decode([token])
         return visible(text) or f"<{token}>"
@@ -295,10 +300,10 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
         "router": c.model_type, "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
         "dtype": str(model.dtype).removeprefix("torch."), "n_embd": C, "n_expert": E, "top_k": K,
         "d_expert": H, "block_size": ids.shape[1] - 1,
-        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()} | CODE | MEASURED_BY
+        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12]} | CODE | MEASURED_BY
     about = {"router": c.model_type, "seed": None, "step": None, "settings": settings, "log": [],
              "perplexity": perplexity(loss / len(tokens)), "val_tokens": len(tokens)}
-    return Observed(about, tokens, piece, layers)
+    return Observed(about, tokens, text_of, layers)
 
 
 # ---------------------------------------------------------------- measure: a layer -> its metrics
@@ -404,25 +409,27 @@ def layer_metrics(layer: Layer, tokens: Tensor) -> dict[str, Tensor]:
         "alignment_matched": matched, "alignment_mismatched": mismatched,
         "token_information": token_information(tokens, first, E),
         "expert_entropy": entropy(torch.bincount(first, minlength=E))}
+    if layer.gradient_share is not None:
+        metrics["unrouted_gradient_share"] = layer.gradient_share
     for suffix, values in zip(("", "_silu", "_swiglu"), activations):
         # an expert with a constant score or activation has no correlation and does not count
         metrics["coupling_spearman" + suffix] = spearman(layer.scores, values).nanmean()
     return metrics
 
 
-def favourite_tokens(tokens: Tensor, experts: Tensor, E: int, text: Callable) -> list[list[str]]:
+def favourite_tokens(tokens: Tensor, experts: Tensor, E: int, text_of) -> list[list[str]]:
     """tokens, experts (N) -> for each expert the five tokens with the greatest lift,
     P(expert | token) / P(expert), above 1, of those that occur at least 20 times."""
     ids, counts = joint_counts(tokens, experts, E)                       # (V), (V, E)
     lift = counts / counts.sum(1, keepdim=True) / (counts.sum(0) / counts.sum())
     lift = lift.masked_fill(counts.sum(1, keepdim=True) < 20, 0.0).nan_to_num()
     best = lift.topk(min(5, len(ids)), dim=0)                            # (5, E)
-    return [[text(ids[i].item()).replace("\n", "\\n").replace(" ", "␣")  # as one can see them
+    return [[text_of(ids[i].item()).replace("\n", "\\n").replace(" ", "␣")  # as one can see them
              for value, i in zip(values, places) if value > 1]
             for values, places in zip(best.values.t(), best.indices.t())]
 
 
-def text_lines(tokens: Tensor, experts: Tensor, text: Callable, T: int, width=70) -> list[list]:
+def text_lines(tokens: Tensor, experts: Tensor, text_of, T: int, width=70) -> list[list]:
     """tokens, experts (N) of sequences of length T -> eight lines, if possible of mostly letters:
     lists of [text of a token, its expert]. A line ends at a line end or at `width` characters;
     those that a sequence's ends cut are passed over."""
@@ -430,8 +437,8 @@ def text_lines(tokens: Tensor, experts: Tensor, text: Callable, T: int, width=70
     for ids, chosen in zip(tokens.split(T), experts.split(T)):
         own, line, chars = [], [], ""
         for token, expert in zip(ids.tolist(), chosen.tolist()):
-            line.append([text(token), expert])
-            chars += text(token)
+            line.append([text_of(token), expert])
+            chars += text_of(token)
             if "\n" in chars or len(chars) >= width:
                 own.append((line, chars))
                 line, chars = [], ""
@@ -452,21 +459,21 @@ def to_json(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def measure(run: Observed) -> dict:
+def measure(observed: Observed) -> dict:
     """What metrics.json says of a model: all that the table and the figures need."""
-    layers = [layer_metrics(layer, run.tokens) for layer in tqdm(run.layers, "measure", **BAR)]
-    metrics = run.about | {f"{key}_by_layer": torch.stack([layer[key].double().cpu()
-                           for layer in layers]) for key in layers[0]}   # (n_layer, ...) each
-    metrics |= {key.removesuffix("_by_layer"): values.nanmean(0)
-                for key, values in metrics.items() if key.endswith("_by_layer")}
-    middle = run.layers[len(run.layers) // 2]
+    about, tokens, text_of, layers = observed
+    metrics = [layer_metrics(layer, tokens) for layer in tqdm(layers, "measure", **BAR)]
+    by_layer = {key: torch.stack([layer[key].double().cpu() for layer in metrics])
+                for key in metrics[0]}                                   # (n_layer, ...) each
+    middle = layers[len(layers) // 2]
     first, E = middle.indices[:, 0], len(middle.directions)              # (N)
-    return to_json(metrics | {
-        "tokens": len(run.tokens), "n_expert": E, "top_k": middle.indices.shape[1],
-        "depth": [layer.depth for layer in run.layers], "middle_depth": middle.depth,
+    return to_json(about | {f"{key}_by_layer": values for key, values in by_layer.items()} | {
+        key: values.nanmean(0) for key, values in by_layer.items()} | {
+        "tokens": len(tokens), "n_expert": E, "top_k": middle.indices.shape[1],
+        "depth": [layer.depth for layer in layers], "middle_depth": middle.depth,
         "cosines": router_cosines(middle.directions).double().round(decimals=3),  # (E, E)
-        "text": text_lines(run.tokens, first, run.text, run.about["settings"]["block_size"]),
-        "favourite_tokens": favourite_tokens(run.tokens, first, E, run.text)})
+        "text": text_lines(tokens, first, text_of, about["settings"]["block_size"]),
+        "favourite_tokens": favourite_tokens(tokens, first, E, text_of)})
 
 
 # ---------------------------------------------------------------- groups and the table
@@ -525,8 +532,8 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
         for group, one in zip(groups, settings):
             # an --hf model has not the settings of a training; a run may be older than one of them
             if key in one or "max_iters" in one:
-                value = str(one.get(key, "absent"))[:12 if key.endswith("sha256") else None]
-                found.setdefault(key, {}).setdefault(value or "none", []).append(group.label)
+                values = found.setdefault(key, {})
+                values.setdefault(str(one.get(key, "absent")), []).append(group.label)
     return {key: labels for key, labels in found.items() if len(labels) > 1}
 
 
@@ -543,11 +550,9 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
     bases = [base for base, *_ in found]
     groups, styles, others = [], dict(ROUTER_STYLES), zip(*map(cycle, OTHER_STYLES))
     for base, members in zip(bases, found.values()):
-        label = base
-        if len(members) == 1:
-            label = members[0]
-        elif bases.count(base) > 1:
-            label = f"{base}-{','.join(str(runs[name]['seed']) for name in members)}"
+        seeds = ",".join(str(runs[name]["seed"]) for name in members)
+        label = members[0] if len(members) == 1 else (
+            base if bases.count(base) == 1 else f"{base}-{seeds}")
         # the first group of a router has the fixed style
         color, line, marker = styles.pop(runs[members[0]]["router"], None) or next(others)
         groups.append(Group(label, [runs[name] for name in members], dict(
@@ -601,7 +606,8 @@ def paired_differences(groups: list[Group]) -> list[str]:
         pairs = [(x["perplexity"], y["perplexity"]) for x in later.runs for y in earlier.runs
                  if x["seed"] == y["seed"]]
         # a router of your own is a name and its code; by what code it is measured does not matter
-        different = {key.split(" ")[0] for key in differing([later, earlier])
+        different = {"router" if key.startswith("router ") else key
+                     for key in differing([later, earlier])
                      if key not in MEASURED_BY and not key.endswith(", measuring")}
         if len(pairs) > 1 and len(different) == 1 and not different & OTHER_TEXT:
             percent = [100 * (x / y - 1) for x, y in pairs]
@@ -879,49 +885,48 @@ def read_metrics(path: Path) -> dict[str, dict]:
 
 
 def write_metrics(path: Path, runs: dict) -> None:
-    """A reader sees the old file or the new one, whole."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(runs) + "\n")
-    os.replace(temporary, path)
+    """Replaces metrics.json, and keeps the earlier one: it may hold hours of measuring."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(runs) + "\n")
+        if path.exists() and path.read_text() != temporary.read_text():
+            kept = free_path(path.parent, "metrics.old-", ".json")
+            shutil.copy(path, kept)
+            print(f"The earlier metrics.json is kept as {kept}.\n")
     for name in FIGURES:  # none may stay beside other numbers
         (path.parent / name).unlink(missing_ok=True)
 
 
+def read_or_measure(source: Path, args: argparse.Namespace) -> dict[str, dict]:
+    """-> {name: metrics} of what a metrics.json holds, or of one run or --hf model."""
+    folder = source.expanduser()
+    if folder.suffix == ".json":
+        return read_metrics(folder)
+    observed = (observe_hf(folder, args.text, args.tokens, args.device, args.dtype)
+                if source in args.hf else observe_run(folder, args.tokens, args.device))
+    if len(observed.tokens) < args.tokens:
+        warn(f"{source} saw {len(observed.tokens)} tokens, not {args.tokens}: the text is too "
+             "short.")
+    return {Path(os.path.abspath(folder)).name: measure(observed)}
+
+
 def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[str, dict]:
-    """-> {name: metrics} of runs, metrics.json files and --hf models, written to `path` after each
-    one that was measured. What cannot be read or measured is left out with a sentence."""
-    kept = None
-    if path.exists():  # it may hold hours of measuring
-        kept = unused(path.parent, "metrics.old-", ".json")
-        shutil.copy(path, kept)
+    """-> {name: metrics} of all sources, written to `path`. What cannot be read or measured is left
+    out with a sentence."""
     runs = {}
-    # a metrics.json is read first: it may be the one that is then replaced
-    for source in sorted(sources, key=lambda source: source.suffix != ".json"):
-        folder = source.expanduser()
-        try:
-            if folder.suffix == ".json":
-                found = read_metrics(folder)
-            else:
-                seen = (observe_hf(folder, args.text, args.tokens, args.device, args.dtype)
-                        if source in args.hf else observe_run(folder, args.tokens, args.device))
-                if len(seen.tokens) < args.tokens:
-                    warn(f"{source} saw {len(seen.tokens)} tokens, not {args.tokens}: the text is "
-                         "too short.")
-                found = {Path(os.path.abspath(folder)).name: measure(seen)}
-        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: also out of memory
-            warn(f"{source} is left out: {' '.join(str(error).split())}")  # on one line
-            continue
-        for name, metrics in found.items():  # the second of one name is called by its place
-            runs[f"{source}/{name}" if name in runs else name] = metrics
-        # at once, as the next one may take an hour; but a metrics.json yet to be read may lie there
-        if folder.suffix != ".json":
+    try:
+        for source in sources:
+            try:
+                found = read_or_measure(source, args)
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:
+                if isinstance(error, RuntimeError) and not out_of_memory(error):
+                    raise  # a bug, perhaps in a router of yours
+                warn(f"{source} is left out: {' '.join(str(error).split())}")  # on one line
+                continue
+            for name, metrics in found.items():  # the second of one name is called by its place
+                runs[f"{source}/{name}" if name in runs else name] = metrics
+    finally:  # an interrupt or a bug loses no run that was measured
+        if runs:
             write_metrics(path, runs)
-    if runs:
-        write_metrics(path, runs)
-    if kept and kept.read_text() == path.read_text():
-        kept.unlink()
-    elif kept:
-        print(f"The earlier metrics.json is kept as {kept}.\n")
     if not runs:
         raise ValueError("no run is left to analyze.")
     return runs

@@ -13,6 +13,7 @@ RMSNorm on each head of q and k, no biases, no dropout, an untied head. Unlike i
 expert has a capacity above which it drops tokens: every token reaches its K experts."""
 import colorsys
 import hashlib
+import inspect
 import json
 import math
 import sys
@@ -95,8 +96,8 @@ def experts_by_definition(x, indices, gates, w_gate, w_up, w_down) -> Tensor:
 
 
 def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The fast experts below work on a table with a row for each pair of a token t and its k-th
-    expert, the assignment t * K + k; the rows are sorted by expert. indices (N, K) -> order (N*K),
+    """A token t and its k-th expert are the assignment number t * K + k. The fast experts below
+    work on a table with a row for each assignment, sorted by expert. indices (N, K) -> order (N*K),
     inverse (N, K), ends (E) int32:
 
         indices [[2, 0], [0, 1]]    the assignments 0, 1, 2, 3 go to the experts 2, 0, 0, 1
@@ -120,8 +121,8 @@ class Experts(torch.autograd.Function):
     float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
     does all experts; `rows` are those of expert i, ends[i - 1] (or 0) to ends[i]; P, Q any sizes:
 
-        A (N*K, P), B (E, P, Q):      out[rows] = A[rows] @ B[i]           (N*K, Q)
-        A (P, N*K), B (N*K, Q):       out[i] = A[:, rows] @ B[rows]        (E, P, Q)
+        rows times weights:   A (N*K, P), B (E, P, Q):   out[rows] = A[rows] @ B[i]      (N*K, Q)
+        weight gradients:     A (P, N*K), B (N*K, Q):    out[i] = A[:, rows] @ B[rows]   (E, P, Q)
 
     Rows are gathered and never scattered by atomic adds, whose order varies on a GPU: the same call
     gives the same bits.
@@ -237,7 +238,7 @@ class Attention(nn.Module):
         # split() and not three slices: the backward pass of each slice would write all 3C columns
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)     # (B, heads, T, D) each
                    for part in self.qkv_proj(x).split(C, dim=-1))
-        # to(): under autocast RMSNorm and RoPE give float32
+        # to(): under autocast the float32 cos and sin make q and k float32
         q = rotate(self.q_norm(q), cos, sin).to(v.dtype)                # (B, heads, T, D)
         k = rotate(self.k_norm(k), cos, sin).to(v.dtype)                # (B, heads, T, D)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # (B, heads, T, D)
@@ -334,9 +335,10 @@ class SMoETransformer(nn.Module):
         """Appends n sampled tokens to idx (B, T) -> (B, T + n). temperature 0: the likeliest token;
         top_k (of tokens, not of experts): sample from the top_k likeliest only. The context is the
         last block_size tokens."""
-        if not (0 <= temperature < float("inf") and (top_k is None or top_k >= 1)):
-            raise ValueError("temperature must be 0 or more and top_k 1 or more, not "
-                             f"{temperature} and {top_k}.")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more, not {temperature}.")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, not {top_k}.")
         training = self.training
         self.eval()  # a sample must not count in the routers' load
         try:
@@ -496,10 +498,9 @@ INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_inter
 
 
 def router_class(name: str) -> type | None:
-    """The class of that name; None if there is none. Your own are registered in ROUTERS, each by
-    a module NAME.py beside this file, which is imported here."""
-    own = name not in ROUTERS and name.isidentifier()
-    if own and Path(__file__).with_name(f"{name}.py").exists():
+    """The class of that name in ROUTERS; None if there is none. A module NAME.py beside this file
+    is imported first: it registers your own."""
+    if name.isidentifier() and Path(__file__).with_name(f"{name}.py").exists():
         import_module(name)
     return ROUTERS.get(name)
 
@@ -514,21 +515,28 @@ CODE = {Path(file).name: file_hash(file) for file in (
     __file__, sys.modules["routers"].__file__, Path(__file__).with_name("prepare_data.py"))}
 
 
-@cache  # as it was when the class was first looked at
-def class_hash(cls) -> str:
-    """Of the file that defines a class. In a notebook there is none, so each time that a cell
-    defines the class anew counts as other code."""
-    file = getattr(sys.modules[cls.__module__], "__file__", None)
+@cache  # as it was when the class or module was first looked at
+def source_hash(thing) -> str:
+    """Of the file of a module, or of the one that defines a class. In a notebook there is none, so
+    each time that a cell defines the class anew counts as other code."""
+    file = getattr(inspect.getmodule(thing), "__file__", None)
     return file_hash(file) if file else uuid4().hex[:12]
 
 
 def code_of(router: str) -> dict[str, str]:
     """{what: hash} of the code of a model with this router, to tell the numbers of edited code
-    apart: CODE and, of your own router, the files that define it and its base classes."""
+    apart: CODE and, of your own router, its module and those that define its base classes."""
     known = sys.stdlib_module_names | {"torch", "routers"}
-    own = dict.fromkeys(class_hash(cls) for cls in ROUTERS[router].__mro__
-                        if cls.__module__.split(".")[0] not in known)
-    return CODE | ({f"router {router}": " ".join(own)} if own else {})
+    own = [cls for cls in ROUTERS[router].__mro__ if cls.__module__.split(".")[0] not in known]
+    if router in sys.modules and Path(__file__).with_name(f"{router}.py").exists():
+        own.append(sys.modules[router])
+    hashes = dict.fromkeys(map(source_hash, own))
+    return CODE | ({f"router {router}": " ".join(hashes)} if own else {})
+
+
+def changed_code(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """-> what the two tables differ in."""
+    return [what for what in before | now if before.get(what) != now.get(what)]
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
@@ -538,7 +546,7 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         for key in ("optimizer", "step", "evaluation", "rng", "history", "data_sha256",
-                    "val_sha256", "code", "tokenizer"):
+                    "val_sha256", "code", "trained_by", "tokenizer"):
             checkpoint[key]  # KeyError if it is missing
         router = checkpoint["config"]["router"]
         if router_class(router):
@@ -555,8 +563,7 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     if router not in ROUTERS:
         raise ValueError(f"{path} is of the router {router!r}, and there is no {router}.py beside "
                          "model.py that registers it.")
-    changed = [what for what, now in code_of(router).items() if checkpoint["code"].get(what) != now]
-    if changed:
+    if changed := changed_code(checkpoint["code"], code_of(router)):
         print(f"{path} was trained with another {', '.join(changed)} than it is read with: its "
               "numbers may not be those of either.", file=sys.stderr)
     return model, checkpoint

@@ -9,13 +9,14 @@ A corpus flows through in pieces, so memory does not grow with the length of the
 import argparse
 import hashlib
 import json
+import os
 import re
 import signal
 import sys
 import sysconfig
 import tempfile
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -370,8 +371,7 @@ def cli(main):
             raise  # no sentence of this project: a bug, perhaps in a router of yours
         sentence, code = error, 2
     except (MemoryError, RuntimeError) as error:
-        out_of_memory = re.search("(out of|allocate) memory", str(error))
-        if not (isinstance(error, MemoryError) or out_of_memory):
+        if not out_of_memory(error):
             raise
         sentence, code = "not enough memory; make the model or the batch smaller.", 2
     except KeyboardInterrupt:
@@ -380,7 +380,27 @@ def cli(main):
     sys.exit(code)
 
 
-def unused(folder, stem, suffix=""):
+def out_of_memory(error):
+    return isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error))
+
+
+@contextmanager
+def replacing(path):
+    """Yields the name of a file to write beside `path`, then puts it there: kill it when you like,
+    what lies at `path` is whole. OSError: that of a full disk does not name the file, this does."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer calls a full disk a RuntimeError
+        reason = getattr(error, "strerror", None) or "no room on the disk?"
+        raise OSError(f"{path} could not be written ({reason}); if it was there, it still is as it "
+                      "was.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def free_path(folder, stem, suffix=""):
     """-> the first of stem1suffix, stem2suffix, ... that is not in `folder` yet."""
     return next(path for n in count(1) if not (path := folder / f"{stem}{n}{suffix}").exists())
 

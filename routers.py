@@ -172,9 +172,9 @@ class AuxLossRouter(LearnedRouter):
     aux_loss_coef and its gradient 0. Else, with softmax scores, its gradient at z_ti, token t and
     expert i, is
         aux_loss_coef * E / N * s_ti (f_i - sum over j of s_tj f_j),
-    so a logit falls if f_i is above the mean of f weighted by the token's scores, and else rises.
-    Every token sends that, along its x, to every row: it mixes into r_i tokens that expert i never
-    saw."""
+    so the logit of an expert falls if it is busier than the experts that the token scores highly
+    (the sum: their mean load, weighted by score), and else rises. Every token sends that, along its
+    x, to every row: it mixes into r_i tokens that expert i never saw."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         f = assigned.mean(0) / self.config.top_k                          # (E)

@@ -9,7 +9,6 @@
 Every field of TrainConfig below is a flag: --name=value. A run writes out/<run>/log.jsonl and
 out/<run>/ckpt.pt; Ctrl-C and SIGTERM finish the step and save."""
 import argparse
-import copy
 import inspect
 import json
 import math
@@ -32,14 +31,14 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, Config, SMoETransformer, code_of, coupling_spearman, file_hash, load_balance,
-    load_checkpoint, perplexity, read_log, router_similarity, validate)
+    INCIDENTAL, Config, SMoETransformer, changed_code, code_of, coupling_spearman, file_hash,
+    load_balance, load_checkpoint, perplexity, read_log, router_similarity, validate)
 from prepare_data import (
-    Parser, cli, eval_batches, get_batch, get_tokenizer, lock, open_dataset, prepare,
-    printable, unused)
+    Parser, cli, eval_batches, free_path, get_batch, get_tokenizer, lock, open_dataset, prepare,
+    printable, replacing)
 from routers import update_routers
 
-CODE = {Path(__file__).name: file_hash(__file__)}  # as it was imported
+TRAINED_BY = {Path(__file__).name: file_hash(__file__)}  # as it was imported
 
 
 # ---------------------------------------------------------------- settings
@@ -129,7 +128,8 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
             "type": field.type, "metavar": field.type.__name__}
         parser.add_argument(f"--{field.name}", default=field.default, **kind,
-                            help=comments.get(field.name, "has no comment in its class"))
+                            help=comments.get(field.name, "has no comment in its class").replace(
+                                "%", "%%"))  # argparse formats it
 
     # parsed twice: to find the preset or the checkpoint, then with its settings as the defaults
     named = parser.parse_args([flag for flag in argv if flag not in ("-h", "--help")])
@@ -172,6 +172,11 @@ class Machine(NamedTuple):
     autocast: torch.autocast   # the context of every forward pass
     rank: int                  # number of this process, from 0
     world_size: int            # number of processes
+
+    @property
+    def master(self) -> bool:
+        """Is this the one process that prints and writes?"""
+        return self.rank == 0
 
 
 def set_up(c: TrainConfig) -> Machine:
@@ -270,9 +275,9 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     similarity = torch.stack([router_similarity(r.directions)[0] for r in model.routers()])
     return {"val_loss": val_loss, "perplexity": perplexity(val_loss),
             "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
-            # nan: there is a single expert
-            "router_similarity": similarity.mean().nan_to_num().item(),
-            "coupling_spearman": coupling.mean().nan_to_num().item(),
+            # nan, as that of a single expert, is no JSON
+            "router_similarity": None if similarity.isnan().all() else similarity.nanmean().item(),
+            "coupling_spearman": None if coupling.isnan().all() else coupling.nanmean().item(),
             "val_tokens": int(sums[1])}, loads
 
 
@@ -286,10 +291,12 @@ def claim(out_dir: Path, c: TrainConfig):
         go_on = "--resume to go on with it, " if "ckpt.pt" in names else ""
         raise ValueError(f"{out_dir} already holds a run; pass {go_on}--overwrite to start anew, "
                          "which renames that folder, or another --out_dir.")
+    if any(out_dir.glob("*/ckpt.pt")):  # --overwrite would rename them all
+        raise ValueError(f"{out_dir} holds the folders of other runs; name one for this run.")
     out_dir.mkdir(parents=True, exist_ok=True)
     file = lock(out_dir)  # before the folder is renamed: a run may be in it
     if names and c.overwrite:
-        old = unused(out_dir.parent, f"{out_dir.name}.old")
+        old = free_path(out_dir.parent, f"{out_dir.name}.old")
         out_dir.rename(old)  # the lock goes along
         print(f"The run in {out_dir} is now in {old}.")
         out_dir.mkdir(exist_ok=True)
@@ -301,7 +308,7 @@ def open_data(c: TrainConfig, machine: Machine):
     """-> Dataset of data/<dataset>. stdlib and python, which every machine has, are prepared here
     if they are missing."""
     folder = Path("data", c.dataset)
-    if c.dataset in ("stdlib", "python") and not folder.exists() and machine.rank == 0:
+    if c.dataset in ("stdlib", "python") and not folder.exists() and machine.master:
         try:
             prepare(c.dataset)
         except (ValueError, OSError):
@@ -312,16 +319,30 @@ def open_data(c: TrainConfig, machine: Machine):
     return open_dataset(folder, c.block_size, c.vocab_size)
 
 
-def write_log(path: Path, records: list[dict], anew: bool) -> None:
-    """Appends a line per record, or replaces the file: a reader sees the old or the new one."""
-    target = path.with_suffix(".tmp") if anew else path
+def append(record: dict, log: Path) -> None:
     try:
-        with open(target, "w" if anew else "a") as log:
-            log.writelines(json.dumps(record) + "\n" for record in records)
-        if anew:
-            os.replace(target, path)
+        with open(log, "a") as file:
+            file.write(json.dumps(record) + "\n")
     except OSError as error:  # that of a full disk does not name the file
-        raise OSError(f"{path} could not be written ({error.strerror}).") from error
+        raise OSError(f"{log} could not be written ({error.strerror}).") from error
+
+
+def keep(out_dir: Path) -> Path:
+    """-> a folder NAME.oldN with what is in `out_dir`, by hard links, which cost no room: a
+    checkpoint is replaced and never written into, and begin() replaces the log."""
+    checkpoint = out_dir / "ckpt.pt"
+    for kept in out_dir.parent.glob(f"{out_dir.name}.old*/ckpt.pt"):
+        if kept.samefile(checkpoint):
+            return kept.parent  # by an earlier try
+
+    def link(source, target):
+        try:
+            os.link(source, target)
+        except OSError:  # a disk without hard links
+            shutil.copy(source, target)
+
+    kept = free_path(out_dir.parent, f"{out_dir.name}.old")
+    return shutil.copytree(out_dir, kept, ignore=lambda *_: ["lock"], copy_function=link)
 
 
 def describe(c: TrainConfig, dtype: torch.dtype, data) -> dict:
@@ -331,24 +352,16 @@ def describe(c: TrainConfig, dtype: torch.dtype, data) -> dict:
     return dict(
         config=config, history=[], data_sha256=data.meta["sha256"]["train.bin"],
         val_sha256=data.meta["sha256"]["val.bin"], tokenizer=data.meta["tokenizer"]["name"],
-        code=code_of(c.router) | CODE)
+        code=code_of(c.router), trained_by=TRAINED_BY)
 
 
 def save_checkpoint(path: Path, about: dict, model, optimizer, step: int,
                     evaluation: dict | None) -> None:
-    """Writes beside `path`, then renames: kill it when you like, what lies at `path` is whole.
-    `evaluation`: the last one, metrics and load (n_layer, E); None until all steps are done."""
+    """`evaluation`: the last one, metrics and load (n_layer, E); None until all steps are done."""
     state = about | dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                          evaluation=evaluation, rng=torch.get_rng_state())
-    temporary = path.with_suffix(".tmp")
-    try:
+    with replacing(path) as temporary:
         torch.save(state, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's writer calls a full disk a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or "no room on the disk?"
-        raise OSError(f"step {step} could not be saved to {path} ({reason}), which still "
-                      "holds the last good checkpoint, if any.") from error
 
 
 def check_finite(record: dict, model, path: Path) -> None:
@@ -481,7 +494,7 @@ def restore(loaded: tuple, data, device, c: TrainConfig) -> tuple:
         raise ValueError(f"data/{c.dataset} is not the data that the run in {c.out_dir} was "
                          "trained on; prepare that again, or start another run.")
     optimizer = make_optimizer(model, c)
-    optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))  # it keeps what it is given
+    optimizer.load_state_dict(checkpoint["optimizer"])
     torch.set_rng_state(checkpoint["rng"])  # for the sample at the end: batches do not need it
     return model, optimizer, checkpoint["step"]
 
@@ -499,15 +512,13 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
         # with other code or another max_iters it is no longer the run that it was: note that, in
         # the history as [step of the change, what, old value], and keep what it was
         before, now = ({"max_iters": state["config"]["max_iters"]} | state["code"]
-                       for state in (loaded[1], about))
-        changed = [what for what in before | now if before.get(what) != now.get(what)]
+                       | state["trained_by"] for state in (loaded[1], about))
+        changed = changed_code(before, now)
         about["history"] = loaded[1]["history"] + [
             [step, what, before.get(what, "absent")] for what in changed]
-        if machine.rank == 0 and changed:
-            kept = unused(out_dir.parent, f"{out_dir.name}.old")
-            shutil.copytree(out_dir, kept)
+        if machine.master and changed:
             print(f"The run as it was at step {step}, before a change of {', '.join(changed)}, is "
-                  f"kept in {kept}.")
+                  f"kept in {keep(out_dir)}.")
     else:
         model = SMoETransformer(c).to(machine.device)
         optimizer = make_optimizer(model, c)
@@ -515,15 +526,15 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
         metrics, _ = evaluate(model, data, c.eval_tokens, machine, c)
         records = [{"step": 0} | dict.fromkeys(
             ("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu")) | metrics]
-    if machine.rank == 0:
-        write_log(out_dir / "log.jsonl", records, anew=True)
+    if machine.master:
+        with replacing(out_dir / "log.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     return model, optimizer, step, about
 
 
 def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, c: TrainConfig):
     """From `step` to max_iters, or until somebody asks to stop."""
     device, dtype, autocast, rank, world_size = machine
-    master = rank == 0
     log_path, checkpoint_path = Path(c.out_dir, "log.jsonl"), Path(c.out_dir, "ckpt.pt")
     model = compiled(raw_model) if c.compile else raw_model
     if world_size > 1:
@@ -533,14 +544,15 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
 
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
     peak = peak_flops(device, dtype)
-    if master:
+    if machine.master:
         counts = [f"{n / 1e6:.1f}M" for n in raw_model.num_params()]
         print(f"{c.router}: {counts[0]} parameters, {counts[1]} active a token, {world_size} x "
               f"{device} in {dtype}; {c.dataset}: {len(data.train):,} tokens, steps {step} to "
               f"{c.max_iters} read {(c.max_iters - step) * tokens:,}")
     start, start_step = time.perf_counter(), step  # from here tokens_per_s is measured
     stop = False
-    bar = tqdm(total=c.max_iters, initial=step, unit="step", disable=None if master else True)
+    bar = tqdm(total=c.max_iters, initial=step, unit="step",
+               disable=None if machine.master else True)  # None: on a terminal only
     with stop_requests() as signals:
         while step < c.max_iters and not stop:
             # batch: a pure function of seed, step, micro-step and rank
@@ -580,20 +592,21 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
             check_finite(record, raw_model, checkpoint_path)
 
             # save: the log at each measurement, a checkpoint at each evaluation
-            if master:
-                write_log(log_path, [record], anew=False)
+            if machine.master:
+                append(record, log_path)
                 if evaluating or stop:
                     save_checkpoint(checkpoint_path, about, raw_model, optimizer, step,
                                     metrics | {"load": loads} if last else None)
                 if evaluating:
-                    tqdm.write(", ".join(f"{key} {value:.4g}" for key, value in (
-                        {"step": step} | metrics).items()))
+                    tqdm.write(", ".join(
+                        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                        for key, value in ({"step": step} | metrics).items()))
             start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
     bar.close()
-    if master and step < c.max_iters:
+    if machine.master and step < c.max_iters:
         print(f"stopped and saved at step {step}; go on with: "
               + command(Path(__file__), f"--out_dir={c.out_dir}", "--resume"))
-    elif master:
+    elif machine.master:
         finish(raw_model, data, metrics, autocast, c)
 
 
@@ -604,9 +617,9 @@ def main(argv: list[str]) -> None:
         return bench(c)
     machine = set_up(c)
     data = open_data(c, machine)
-    with claim(Path(c.out_dir), c) if machine.rank == 0 else nullcontext():
+    with claim(Path(c.out_dir), c) if machine.master else nullcontext():
         model, optimizer, step, about = begin(c, loaded, data, machine)
-        del loaded  # closes the mapped file: else it would keep its place on the disk when replaced
+        del loaded  # on a GPU all is copied: the mapped file may go when it is replaced
         train(model, optimizer, step, about, data, machine, c)
     if machine.world_size > 1:  # together: one that leaves early can take gloo's threads down
         dist.barrier()
