@@ -106,6 +106,7 @@ def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
         ends    [2, 3, 4]           where the rows of each expert end"""
     expert, order = indices.flatten().sort(stable=True)                 # (N*K), (N*K)
     place = torch.arange(len(order), device=order.device)               # (N*K)
+    # inverse[order[r]] = r
     inverse = torch.empty_like(order).scatter_(0, order, place).view_as(indices)  # (N, K)
     ids = torch.arange(E, device=order.device)                          # (E)
     return order, inverse, torch.searchsorted(expert, ids, right=True, out_int32=True)
@@ -119,13 +120,14 @@ class Experts(torch.autograd.Function):
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
     float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
-    does all experts; `rows` are those of expert i, ends[i - 1] (or 0) to ends[i]; P, Q any sizes:
+    is the loop over the experts i, in one of two forms; `rows` are those of expert i, ends[i - 1]
+    (or 0) to ends[i]; P, Q any sizes:
 
         rows times weights:   A (N*K, P), B (E, P, Q):   out[rows] = A[rows] @ B[i]      (N*K, Q)
         weight gradients:     A (P, N*K), B (N*K, Q):    out[i] = A[:, rows] @ B[rows]   (E, P, Q)
 
-    Rows are gathered and never scattered by atomic adds, whose order varies on a GPU: the same call
-    gives the same bits.
+    Rows are gathered and never added from many threads into one place, whose order varies on a GPU:
+    the same call gives the same bits.
 
     The gate multiplies h = silu(a) * b (H wide) and not the expert's output (C wide): the same
     result, and less work where H < C, as by default."""
@@ -150,7 +152,8 @@ class Experts(torch.autograd.Function):
         h = silu * b                                                     # (N*K, H)
 
         dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
-        dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H) W_down^T dy
+        # gradient at gate * h: W_down^T dy
+        dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H)
         # d_i of the README: (W_down^T dy) . h = dy . (W_down h); autograd takes it on to the logits
         # and, times x_t, to the router rows
         dgates = (dgh * h).sum(1, dtype=torch.float32)[inverse]          # (N, K)

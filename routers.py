@@ -29,7 +29,7 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    indices: Tensor   # (N, K) int64: the experts of each token, best first
+    indices: Tensor   # (N, K) int64: the experts of each token, best (with its bias) first
     gates: Tensor     # (N, K) float32: their weights; each row sums to 1
     aux_loss: Tensor  # scalar float32: what the router adds to the training loss: balance, z-loss
     logits: Tensor    # (N, E) float32: x R^T, or cosines (kmeans); gate() starts from these
@@ -133,8 +133,8 @@ class LearnedRouter(Router):
     With K = 1 the gate is always 1 and that gradient 0: language modelling never moves such a row.
 
     The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) has nothing to do with balance: it pulls
-    logsumexp(z) to 0. A token moves all rows along its x the same way, which can make them alike
-    (docs/results.md, "What makes directions alike")."""
+    logsumexp(z) to 0. A token moves all rows in the same direction along its x, row i in proportion
+    to s_i, which can make them alike (docs/results.md, "What makes directions alike")."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -172,9 +172,9 @@ class AuxLossRouter(LearnedRouter):
     aux_loss_coef and its gradient 0. Else, with softmax scores, its gradient at z_ti, token t and
     expert i, is
         aux_loss_coef * E / N * s_ti (f_i - sum over j of s_tj f_j),
-    so the logit of an expert falls if it is busier than the experts that the token scores highly
-    (the sum: their mean load, weighted by score), and else rises. Every token sends that, along its
-    x, to every row: it mixes into r_i tokens that expert i never saw."""
+    so a logit falls if f_i is above the mean of all f_j, weighted by the scores of this token, and
+    rises if below. Every token sends that, along its x, to every row: it mixes into r_i tokens that
+    expert i never saw."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         f = assigned.mean(0) / self.config.top_k                          # (E)
@@ -224,7 +224,7 @@ class KMeansRouter(Router):
         return self.centroids  # (E, C)
 
     def start(self) -> None:
-        """Random directions of length sqrt(C), that of the RMSNorm outputs which they average."""
+        """Random directions of length sqrt(C): they average outputs of RMSNorm, which begin so."""
         if not self.centroids.any():  # a derived class may have placed them in its __init__
             directions = F.normalize(torch.randn_like(self.centroids), dim=-1)  # (E, C)
             self.centroids.copy_(directions * self.config.n_embd ** 0.5)

@@ -591,7 +591,7 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
                 record |= metrics
             check_finite(record, raw_model, checkpoint_path)
 
-            # save: the log at each measurement, a checkpoint at each evaluation
+            # save: the log at each measurement, a checkpoint at each evaluation and on a stop
             if machine.master:
                 append(record, log_path)
                 if evaluating or stop:
