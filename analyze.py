@@ -75,6 +75,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     """The run in `folder`, on n_tokens validation tokens (rounded up to whole sequences), in
     float32 and eval mode: nothing moves. Its perplexity and load are those of its own last
     evaluation. Raises ValueError for a run that cannot be measured."""
+    torch.manual_seed(0)  # a router of your own may draw in eval mode, too
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
     step, config, evaluation = (checkpoint[key] for key in ("step", "config", "evaluation"))
@@ -598,6 +599,19 @@ def differing_settings(groups: list[Group]) -> str:
     return line
 
 
+def measured_by_other_code(runs: dict[str, dict]) -> list[str]:
+    """A line for each set of files in which the code that measured differs from the code that
+    trained: all but perplexity and load of a finished run may be those of neither."""
+    found = {}
+    for name, run in runs.items():
+        changed = [key for key in run["settings"] if key.endswith(", measuring")]
+        if changed:
+            what = ", ".join(key.removesuffix(", measuring") for key in changed)
+            found.setdefault(what, []).append(name)
+    return [f"Measured with another {what} than trained: {', '.join(names)}."
+            for what, names in found.items()]
+
+
 def paired_differences(groups: list[Group]) -> list[str]:
     """Perplexity in per cent, paired by seed, mean difference ± its standard error, for each two
     groups that share seeds and differ in one setting alone: the later minus the earlier."""
@@ -607,8 +621,7 @@ def paired_differences(groups: list[Group]) -> list[str]:
                  if x["seed"] == y["seed"]]
         # a router of your own is a name and its code; by what code it is measured does not matter
         different = {"router" if key.startswith("router ") else key
-                     for key in differing([later, earlier])
-                     if key not in MEASURED_BY and not key.endswith(", measuring")}
+                     for key in differing([later, earlier]) if key not in MEASURED_BY}
         if len(pairs) > 1 and len(different) == 1 and not different & OTHER_TEXT:
             percent = [100 * (x / y - 1) for x, y in pairs]
             error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
@@ -912,7 +925,7 @@ def read_or_measure(source: Path, args: argparse.Namespace) -> dict[str, dict]:
 def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[str, dict]:
     """-> {name: metrics} of all sources, written to `path`. What cannot be read or measured is left
     out with a sentence."""
-    runs = {}
+    runs, partial = {}, path.with_name("metrics.partial.json")  # for the case of a kill -9
     try:
         for source in sources:
             try:
@@ -924,9 +937,12 @@ def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[s
                 continue
             for name, metrics in found.items():  # the second of one name is called by its place
                 runs[f"{source}/{name}" if name in runs else name] = metrics
+            with replacing(partial) as temporary:
+                temporary.write_text(json.dumps(runs) + "\n")
     finally:  # an interrupt or a bug loses no run that was measured
         if runs:
             write_metrics(path, runs)
+            partial.unlink()
     if not runs:
         raise ValueError("no run is left to analyze.")
     return runs
@@ -939,8 +955,11 @@ def report(runs: dict[str, dict], path: Path) -> None:
     print(markdown_table([(name, [run]) for name, run in runs.items()]
                          + [(f"{group.label}, mean ± Std over seeds", group.runs)
                             for group in several]))
+    lines = measured_by_other_code(runs)
     if len(groups) > 1:
-        print("", differing_settings(groups), *paired_differences(groups), sep="\n\n")
+        lines += [differing_settings(groups), *paired_differences(groups)]
+    for line in lines:
+        print(f"\n{line}")
     try:
         figures = draw_figures(groups, path.parent)
     except ImportError:

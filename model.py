@@ -203,6 +203,11 @@ class SMoE(nn.Module):
         if shape != (E, C):
             raise ValueError("the directions of a router must be (n_expert, n_embd) = "
                              f"{(E, C)}, not {shape}.")
+        for module in self.router.modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor):  # no checkpoint would have it
+                    raise ValueError(f"{name} of the router must be a parameter or a buffer: "
+                                     f"self.register_buffer({name!r}, ...).")
         self.w_gate = nn.Parameter(torch.empty(E, H, C))
         self.w_up = nn.Parameter(torch.empty(E, H, C))
         self.w_down = nn.Parameter(torch.empty(E, C, H))
@@ -544,8 +549,8 @@ def changed_code(before: dict[str, str], now: dict[str, str]) -> list[str]:
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     """-> (the trained model, on the CPU; what train.save_checkpoint wrote). The file is mapped:
-    what you do not touch, as the optimizer's state, costs no memory. Warns on stderr if other code
-    has trained the model. Raises ValueError for a missing, damaged or foreign file."""
+    what you do not touch, as the optimizer's state, costs no memory. Raises ValueError for a
+    missing, damaged or foreign file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         for key in ("optimizer", "step", "evaluation", "rng", "history", "data_sha256",
@@ -558,7 +563,8 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
                 name: value for name, value in checkpoint["config"].items() if name in names}))
             model.load_state_dict(checkpoint["model"])
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} is not there; name the folder of a run.") from None
+        raise ValueError(f"{path} is not there; name the folder of a run that has saved one."
+                         ) from None
     except Exception as error:  # a damaged file can raise nearly anything
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise ValueError(f"{path} is damaged, or no checkpoint of the code as it is now ({reason})."
@@ -566,9 +572,6 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     if router not in ROUTERS:
         raise ValueError(f"{path} is of the router {router!r}, and there is no {router}.py beside "
                          "model.py that registers it.")
-    if changed := changed_code(checkpoint["code"], code_of(router)):
-        print(f"{path} was trained with another {', '.join(changed)} than it is read with: its "
-              "numbers may not be those of either.", file=sys.stderr)
     return model, checkpoint
 
 
@@ -605,6 +608,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--layer", type=int, help="whose experts (default: the middle layer)")
     args = parser.parse_args(argv)
     model, checkpoint = load_checkpoint(args.run.expanduser() / "ckpt.pt")
+    if changed := changed_code(checkpoint["code"], code_of(model.config.router)):
+        print(f"{args.run} was trained with another {', '.join(changed)}.", file=sys.stderr)
     layer = model.config.n_layer // 2 if args.layer is None else args.layer
     if not 0 <= layer < model.config.n_layer:
         raise ValueError(f"--layer must be from 0 to {model.config.n_layer - 1}, not {layer}.")

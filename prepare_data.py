@@ -389,6 +389,7 @@ def replacing(path):
     """Yields the name of a file to write beside `path`, then puts it there: kill it when you like,
     what lies at `path` is whole. OSError: that of a full disk does not name the file, this does."""
     temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)  # a kill -9 may have left it
     try:
         yield temporary
         os.replace(temporary, path)

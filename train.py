@@ -9,6 +9,7 @@
 Every field of TrainConfig below is a flag: --name=value. A run writes out/<run>/log.jsonl and
 out/<run>/ckpt.pt; Ctrl-C and SIGTERM finish the step and save."""
 import argparse
+import filecmp
 import inspect
 import json
 import math
@@ -17,6 +18,7 @@ import re
 import shlex
 import shutil
 import signal
+import tempfile
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
@@ -291,7 +293,7 @@ def claim(out_dir: Path, c: TrainConfig):
         go_on = "--resume to go on with it, " if "ckpt.pt" in names else ""
         raise ValueError(f"{out_dir} already holds a run; pass {go_on}--overwrite to start anew, "
                          "which renames that folder, or another --out_dir.")
-    if any(out_dir.glob("*/ckpt.pt")):  # --overwrite would rename them all
+    if not c.resume and any(out_dir.glob("*/ckpt.pt")):  # --overwrite would rename them all
         raise ValueError(f"{out_dir} holds the folders of other runs; name one for this run.")
     out_dir.mkdir(parents=True, exist_ok=True)
     file = lock(out_dir)  # before the folder is renamed: a run may be in it
@@ -328,21 +330,16 @@ def append(record: dict, log: Path) -> None:
 
 
 def keep(out_dir: Path) -> Path:
-    """-> a folder NAME.oldN with what is in `out_dir`, by hard links, which cost no room: a
-    checkpoint is replaced and never written into, and begin() replaces the log."""
-    checkpoint = out_dir / "ckpt.pt"
+    """-> a folder NAME.oldN with a copy of the run, whole or not at all."""
     for kept in out_dir.parent.glob(f"{out_dir.name}.old*/ckpt.pt"):
-        if kept.samefile(checkpoint):
+        if filecmp.cmp(kept, out_dir / "ckpt.pt", shallow=False):
             return kept.parent  # by an earlier try
-
-    def link(source, target):
-        try:
-            os.link(source, target)
-        except OSError:  # a disk without hard links
-            shutil.copy(source, target)
-
-    kept = free_path(out_dir.parent, f"{out_dir.name}.old")
-    return shutil.copytree(out_dir, kept, ignore=lambda *_: ["lock"], copy_function=link)
+    with tempfile.TemporaryDirectory(prefix=".", dir=out_dir.parent) as temporary:
+        copy = Path(temporary, "run")
+        copy.mkdir()
+        for file in filter(Path.exists, (out_dir / "ckpt.pt", out_dir / "log.jsonl")):
+            shutil.copy(file, copy)
+        return copy.rename(free_path(out_dir.parent, f"{out_dir.name}.old"))
 
 
 def describe(c: TrainConfig, dtype: torch.dtype, data) -> dict:
