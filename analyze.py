@@ -177,24 +177,24 @@ def find_mixtures(model) -> list[Mixture]:
         own = dict(experts.named_parameters(recurse=False))
         if not {"gate_up_proj", "down_proj"} <= own.keys() or own["down_proj"].ndim != 3:
             continue
-        both = own["gate_up_proj"].detach()
+        gate_up = own["gate_up_proj"].detach()
         E, P, Q = own["down_proj"].shape  # P = C and Q = H, or transposed P = H and Q = C
-        if both.shape == (E, Q, 2 * P):
-            both = both.transpose(1, 2)                                  # (E, 2H, C)
-        elif both.shape != (E, 2 * Q, P):
+        if gate_up.shape == (E, Q, 2 * P):
+            gate_up = gate_up.transpose(1, 2)                            # (E, 2H, C)
+        elif gate_up.shape != (E, 2 * Q, P):
             continue
-        # the rows of w_gate: above those of w_up, or both in turns (gpt_oss)
-        half = slice(both.shape[1] // 2) if getattr(experts, "is_concatenated", True) else (
-            slice(0, None, 2))
-        b_gate = own.get("gate_up_proj_bias", both.new_zeros(both.shape[:2])).detach()
+        # its rows are first those of w_gate and then those of w_up, or both in turns (gpt_oss)
+        first_half, every_second = slice(gate_up.shape[1] // 2), slice(0, None, 2)
+        gate = first_half if getattr(experts, "is_concatenated", True) else every_second
+        b_gate_up = own.get("gate_up_proj_bias", gate_up.new_zeros(gate_up.shape[:2])).detach()
         beside = dict(model.get_submodule(name.rpartition(".")[0]).named_parameters())
         for key, weight in beside.items():  # many call their router "gate"
-            if weight.shape == (E, both.shape[2]) and key.startswith(("gate.", "router.")):
+            if weight.shape == (E, gate_up.shape[2]) and key.startswith(("gate.", "router.")):
                 bias = beside.get(key.removesuffix("weight") + "bias", weight.new_zeros(E))
                 depth = re.search(r"\d+", name)
                 found.append(Mixture(int(depth[0]) if depth else len(found), experts,
-                                     weight.detach(), bias.detach(), both[:, half],
-                                     b_gate[:, half]))
+                                     weight.detach(), bias.detach(), gate_up[:, gate],
+                                     b_gate_up[:, gate]))
     return found
 
 

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
+import routers
 from routers import ROUTERS, Router
 
 
@@ -520,7 +521,7 @@ def file_hash(file) -> str:
 
 # the code that gives a model its numbers, as it was imported: the files may be edited later
 CODE = {Path(file).name: file_hash(file) for file in (
-    __file__, sys.modules["routers"].__file__, Path(__file__).with_name("prepare_data.py"))}
+    __file__, routers.__file__, Path(__file__).with_name("prepare_data.py"))}
 
 
 @cache  # as it was when the class or module was first looked at
@@ -556,7 +557,7 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
         for key in ("optimizer", "step", "evaluation", "rng", "history", "data_sha256",
                     "val_sha256", "code", "trained_by", "tokenizer"):
             checkpoint[key]  # KeyError if it is missing
-        router = checkpoint["config"]["router"]
+        router, model = checkpoint["config"]["router"], None
         if router_class(router):
             names = {field.name for field in fields(Config)}  # a newer field has its default
             model = SMoETransformer(Config(**{
@@ -569,7 +570,7 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise ValueError(f"{path} is damaged, or no checkpoint of the code as it is now ({reason})."
                          ) from None
-    if router not in ROUTERS:
+    if model is None:
         raise ValueError(f"{path} is of the router {router!r}, and there is no {router}.py beside "
                          "model.py that registers it.")
     return model, checkpoint

@@ -164,8 +164,10 @@ def read_single(path, val_fraction):
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it.") from error
     for text in read_text(path):
         cut = max(0, min(left, len(text)))
-        if cut:  # to behind the next line end, unless the text ends there: val is to get some
-            cut = text.find("\n", cut - 1, -1) + 1 or cut
+        # on to the next line end, but not to the one that ends the text: val is to get some
+        line_end = text.find("\n", cut - 1, -1) if cut else -1
+        if line_end >= 0:
+            cut = line_end + 1
         yield "train", text[:cut]
         yield "val", text[cut:]  # mostly one of the two is empty: no document
         left -= len(text)

@@ -352,6 +352,11 @@ def describe(c: TrainConfig, dtype: torch.dtype, data) -> dict:
         code=code_of(c.router), trained_by=TRAINED_BY)
 
 
+def changeable(about: dict) -> dict:
+    """Of what describe() gives, what may differ when a run goes on."""
+    return {"max_iters": about["config"]["max_iters"]} | about["code"] | about["trained_by"]
+
+
 def save_checkpoint(path: Path, about: dict, model, optimizer, step: int,
                     evaluation: dict | None) -> None:
     """`evaluation`: the last one, metrics and load (n_layer, E); None until all steps are done."""
@@ -405,8 +410,8 @@ def bench(c: TrainConfig) -> None:
     model = SMoETransformer(c).to(device)
     run = compiled(model) if c.compile else model
     optimizer = make_optimizer(model, c)
-    batches = list(torch.randint(c.vocab_size, device=device, size=(
-        c.gradient_accumulation_steps, 2, c.batch_size, c.block_size)))
+    size = (c.gradient_accumulation_steps, 2, c.batch_size, c.block_size)
+    batches = list(torch.randint(c.vocab_size, size, device=device))  # x and y (B, T) each
     step = lambda: train_step(run, model.routers(), optimizer, batches, autocast, c)
     start = time.perf_counter()
     step().tolist()  # compiles; tolist() waits for a GPU
@@ -508,8 +513,7 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
         records = [record for record in read_log(out_dir / "log.jsonl") if record["step"] <= step]
         # with other code or another max_iters it is no longer the run that it was: note that, in
         # the history as [step of the change, what, old value], and keep what it was
-        before, now = ({"max_iters": state["config"]["max_iters"]} | state["code"]
-                       | state["trained_by"] for state in (loaded[1], about))
+        before, now = changeable(loaded[1]), changeable(about)
         changed = changed_code(before, now)
         about["history"] = loaded[1]["history"] + [
             [step, what, before.get(what, "absent")] for what in changed]
