@@ -121,11 +121,12 @@ class Experts(torch.autograd.Function):
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
     float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
-    is the loop over the experts i, in one of two forms; `rows` are those of expert i, ends[i - 1]
-    (or 0) to ends[i]; P, Q any sizes:
+    is a loop over the experts i, each with a matrix product on its rows of the table:
 
         rows times weights:   A (N*K, P), B (E, P, Q):   out[rows] = A[rows] @ B[i]      (N*K, Q)
         weight gradients:     A (P, N*K), B (N*K, Q):    out[i] = A[:, rows] @ B[rows]   (E, P, Q)
+
+    where P, Q are any sizes, and `rows` is ends[i - 1] (or 0) : ends[i].
 
     Rows are gathered and never added from many threads into one place, whose order varies on a GPU:
     the same call gives the same bits.

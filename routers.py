@@ -134,7 +134,7 @@ class LearnedRouter(Router):
 
     The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) has nothing to do with balance: it pulls
     logsumexp(z) to 0. A token moves all rows in the same direction along its x, row i in proportion
-    to s_i, which can make them alike (docs/results.md, "What makes directions alike")."""
+    to softmax(z)_i, which can make them alike (docs/results.md, "What makes directions alike")."""
 
     def __init__(self, config):
         super().__init__(config)
