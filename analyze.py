@@ -33,15 +33,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    CODE, INCIDENTAL, changed_code, code_of, expert_activations, expert_colors, file_hash,
+    CODE, INCIDENTAL, changed, code_of, expert_activations, expert_colors, file_hash,
     load_balance, load_checkpoint, perplexity, read_log, router_cosines, router_similarity,
     spearman, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_tokenizer, lock, open_corpus, open_dataset,
     out_of_memory, printable, replacing, visible)
 
+WIDTH = 70  # characters in a line of experts.png
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
 MEASURED_BY = {"analyze.py": file_hash(__file__)}  # as it was imported
+MEASURING = ", measuring"  # marks the hash of code that measured a run and did not train it
 
 
 def warn(sentence: str) -> None:
@@ -79,10 +81,11 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
     step, config, evaluation = (checkpoint[key] for key in ("step", "config", "evaluation"))
-    log = [record for record in read_log(folder / "log.jsonl")
-           if "val_loss" in record and record["step"] <= step]
+    evaluations = [record for record in read_log(folder / "log.jsonl")
+                   if "val_loss" in record and record["step"] <= step]
     # the last evaluation is on more tokens, so it is no point of the curves
-    log = [record for record in log if record.get("val_tokens") == log[0].get("val_tokens")]
+    log = [record for record in evaluations
+           if record.get("val_tokens") == evaluations[0].get("val_tokens")]
     data = open_dataset(Path("data", config["dataset"]), c.block_size, c.vocab_size)
     if data.meta["sha256"]["train.bin"] != checkpoint["data_sha256"]:
         warn(f"data/{config['dataset']} is not the data that {folder} was trained on: it may "
@@ -93,6 +96,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
                                       batch_size=max(1, 1024 // c.block_size))), folder.name, **BAR)
 
     model.to(device).eval()
+    # hashes of the text that its layers are observed on, and of that which its perplexity is of
     seen_sha256 = val_sha256 = data.meta["sha256"]["val.bin"]
     if evaluation:
         val_sha256 = checkpoint["val_sha256"]
@@ -101,15 +105,14 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         evaluation = {"val_loss": loss / n, "val_tokens": n, "load": load}
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device),
                                     gradient_shares(model, *next(iter(batches(1024)))))
+    code, now = checkpoint["code"], code_of(c.router)
+    other_code = {what + MEASURING: now.get(what, "absent") for what in changed(code, now)}
+    history = [f"{what} was {old} to step {step_of_change}"  # what a --resume has changed
+               for step_of_change, what, old in checkpoint["history"]]
     # runs are averaged over seeds only if all of this is equal
-    code, trained_by, now = checkpoint["code"], checkpoint["trained_by"], code_of(c.router)
-    settings = config | code | trained_by | MEASURED_BY | {
-        f"{what}, measuring": now.get(what, "absent") for what in changed_code(code, now)} | {
-        "history": ", ".join(f"{what} was {old} to step {end}"  # a --resume's changes
-                             for end, what, old in checkpoint["history"]) or "none",
-        "data_sha256": checkpoint["data_sha256"][:12],  # of the text that it was trained on,
-        "val_sha256": val_sha256[:12],                  # that its perplexity is of,
-        "seen_sha256": seen_sha256[:12]}                # that its layers are observed on
+    settings = config | code | checkpoint["trained_by"] | MEASURED_BY | other_code | {
+        "history": ", ".join(history) or "none", "data_sha256": checkpoint["data_sha256"][:12],
+        "val_sha256": val_sha256[:12], "seen_sha256": seen_sha256[:12]}
     about = {
         "router": c.router, "seed": config["seed"], "step": step, "settings": settings, "log": log,
         "perplexity": perplexity(evaluation["val_loss"]), "val_tokens": evaluation["val_tokens"]}
@@ -150,7 +153,8 @@ def gradient_shares(model, idx: Tensor, targets: Tensor) -> Tensor:
     routings = [layer[0][1] for layer in seen]
     logits = [routing.logits for routing in routings]                    # n_layer of (N, E)
     if not (model.routers()[0].directions.requires_grad and logits[0].requires_grad):
-        return torch.full((len(logits),), math.nan)  # centroids: what passes goes to x alone
+        # centroids: the gradient goes on to x and moves no direction
+        return torch.full((len(logits),), math.nan)
     gradients = torch.autograd.grad(loss + aux_loss, logits, materialize_grads=True)
     return torch.stack([unrouted_gradient_share(gradient, routing.indices)
                         for gradient, routing in zip(gradients, routings)])
@@ -201,8 +205,8 @@ def find_mixtures(model) -> list[Mixture]:
 def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
     """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E): the softmax
     or the sigmoid of the logits, whichever gives these gates, both normalised over the selected.
-    Raises ValueError if neither does, to a twentieth of an even gate on average, or if K = 1:
-    normalised, a single gate is always 1."""
+    Raises ValueError if neither does (mean error above 0.05 / K), or if K = 1: normalised, a single
+    gate is always 1."""
     K = indices.shape[1]
 
     def misfit(scores):  # (N, E) -> ()
@@ -283,6 +287,7 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
     layers = []
     for mixture, calls in zip(mixtures, seen):
         x, indices, gates = (torch.cat([part.flatten(0, -2) for part in parts])
+                             # the fourth is what the experts gave
                              for parts in [*zip(*calls)][:3])            # (N, C), (N, K), (N, K)
         logits = F.linear(x.float(), mixture.directions.float(), mixture.bias.float())  # (N, E)
         scores = router_scores(logits, indices, gates.float())           # (N, E)
@@ -430,9 +435,9 @@ def favourite_tokens(tokens: Tensor, experts: Tensor, E: int, text_of) -> list[l
             for values, places in zip(best.values.t(), best.indices.t())]
 
 
-def text_lines(tokens: Tensor, experts: Tensor, text_of, T: int, width=70) -> list[list]:
+def text_lines(tokens: Tensor, experts: Tensor, text_of, T: int) -> list[list]:
     """tokens, experts (N) of sequences of length T -> eight lines, if possible of mostly letters:
-    lists of [text of a token, its expert]. A line ends at a line end or at `width` characters;
+    lists of [text of a token, its expert]. A line ends at a line end or at WIDTH characters;
     those that a sequence's ends cut are passed over."""
     lines = []
     for ids, chosen in zip(tokens.split(T), experts.split(T)):
@@ -440,12 +445,12 @@ def text_lines(tokens: Tensor, experts: Tensor, text_of, T: int, width=70) -> li
         for token, expert in zip(ids.tolist(), chosen.tolist()):
             line.append([text_of(token), expert])
             chars += text_of(token)
-            if "\n" in chars or len(chars) >= width:
+            if "\n" in chars or len(chars) >= WIDTH:
                 own.append((line, chars))
                 line, chars = [], ""
-        lines += own[1:]
+        lines += own[1:]  # the first may begin in mid-line; the last, unfinished one is not in own
     good = [pair for pair in lines
-            if 30 < len(pair[1]) < width and sum(map(str.isalpha, pair[1])) > 0.6 * len(pair[1])]
+            if 30 < len(pair[1]) < WIDTH and sum(map(str.isalpha, pair[1])) > 0.6 * len(pair[1])]
     return [line for line, _ in (good if len(good) >= 8 else lines)[:8]]
 
 
@@ -532,7 +537,8 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
     for key in dict.fromkeys(key for one in settings for key in one):
         for group, one in zip(groups, settings):
             # an --hf model has not the settings of a training; a run may be older than one of them
-            if key in one or "max_iters" in one:
+            trained_here = "max_iters" in one
+            if key in one or trained_here:
                 values = found.setdefault(key, {})
                 values.setdefault(str(one.get(key, "absent")), []).append(group.label)
     return {key: labels for key, labels in found.items() if len(labels) > 1}
@@ -600,14 +606,13 @@ def differing_settings(groups: list[Group]) -> str:
 
 
 def measured_by_other_code(runs: dict[str, dict]) -> list[str]:
-    """A line for each set of files in which the code that measured differs from the code that
-    trained: all but perplexity and load of a finished run may be those of neither."""
+    """A line for each set of files in which the code that measured is not the code that trained.
+    Only perplexity and load of a finished run are of the latter alone."""
     found = {}
     for name, run in runs.items():
-        changed = [key for key in run["settings"] if key.endswith(", measuring")]
-        if changed:
-            what = ", ".join(key.removesuffix(", measuring") for key in changed)
-            found.setdefault(what, []).append(name)
+        files = [key.removesuffix(MEASURING) for key in run["settings"] if key.endswith(MEASURING)]
+        if files:
+            found.setdefault(", ".join(files), []).append(name)
     return [f"Measured with another {what} than trained: {', '.join(names)}."
             for what, names in found.items()]
 
@@ -619,7 +624,7 @@ def paired_differences(groups: list[Group]) -> list[str]:
     for earlier, later in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in later.runs for y in earlier.runs
                  if x["seed"] == y["seed"]]
-        # a router of your own is a name and its code; by what code it is measured does not matter
+        # a router of your own is a name and its code; how analyze.py measures does not matter
         different = {"router" if key.startswith("router ") else key
                      for key in differing([later, earlier]) if key not in MEASURED_BY}
         if len(pairs) > 1 and len(different) == 1 and not different & OTHER_TEXT:
@@ -795,15 +800,15 @@ def draw_experts(fig, groups) -> None:
         run = group.runs[0]
         ax = fig.add_subplot(grid[i, 0])
         colors = expert_colors(run["n_expert"])
-        ax.set(xlim=(0, 70), ylim=(8, 0))
+        ax.set(xlim=(0, WIDTH), ylim=(8, 0))
         ax.set_title(f"{group.title()} of 0 to {run['depth'][-1]}", fontsize=10, loc="left")
         for y, line in enumerate(run["text"]):
             x = 0
             for text, expert in line:
-                text = text.replace("\n", "↵")[:70 - x]
+                text = text.replace("\n", "↵")[:WIDTH - x]
                 ax.barh(y + 0.5, len(text), 0.92, x, color=colors[expert], edgecolor="white",
                         linewidth=0.4)
-                ax.text(x, y + 0.5, text, size=10, **mono)  # 70 characters fill the panel
+                ax.text(x, y + 0.5, text, size=10, **mono)  # WIDTH characters fill the panel
                 x += len(text)
     last = shown[-1]
     ax = fig.add_subplot(grid[:, 1])
@@ -911,7 +916,7 @@ def write_metrics(path: Path, runs: dict) -> None:
 
 def read_or_measure(source: Path, args: argparse.Namespace) -> dict[str, dict]:
     """-> {name: metrics} of what a metrics.json holds, or of one run or --hf model."""
-    folder = source.expanduser()
+    folder = Path(os.path.expanduser(source))
     if folder.suffix == ".json":
         return read_metrics(folder)
     observed = (observe_hf(folder, args.text, args.tokens, args.device, args.dtype)
@@ -936,13 +941,14 @@ def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[s
                 warn(f"{source} is left out: {' '.join(str(error).split())}")  # on one line
                 continue
             for name, metrics in found.items():  # the second of one name is called by its place
-                runs[f"{source}/{name}" if name in runs else name] = metrics
+                place = source.parent if source.name == name else source
+                runs[f"{place}/{name}" if name in runs else name] = metrics
             with replacing(partial) as temporary:
                 temporary.write_text(json.dumps(runs) + "\n")
     finally:  # an interrupt or a bug loses no run that was measured
         if runs:
             write_metrics(path, runs)
-            partial.unlink()
+            partial.unlink(missing_ok=True)
     if not runs:
         raise ValueError("no run is left to analyze.")
     return runs
@@ -976,7 +982,7 @@ def main(argv: list[str]) -> None:
         if not re.search(r"\.old\d+$", path.parent.name))  # what train.py --overwrite put aside
     if not sources:
         raise ValueError("there is no run in out/; train one with python train.py.")
-    path = args.out_dir.expanduser() / "metrics.json"
+    path = Path(os.path.expanduser(args.out_dir), "metrics.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.parent):
         report(collect(sources, args, path), path)

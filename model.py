@@ -16,6 +16,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import sys
 import textwrap
 from contextlib import contextmanager, suppress
@@ -544,8 +545,8 @@ def code_of(router: str) -> dict[str, str]:
     return CODE | ({f"router {router}": " ".join(hashes)} if own else {})
 
 
-def changed_code(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """-> what the two tables differ in."""
+def changed(before: dict, now: dict) -> list[str]:
+    """-> the keys in which two tables differ."""
     return [what for what in before | now if before.get(what) != now.get(what)]
 
 
@@ -609,9 +610,9 @@ def main(argv: list[str]) -> None:
                         help="0: always the likeliest token (default: 0.8)")
     parser.add_argument("--layer", type=int, help="whose experts (default: the middle layer)")
     args = parser.parse_args(argv)
-    model, checkpoint = load_checkpoint(args.run.expanduser() / "ckpt.pt")
-    if changed := changed_code(checkpoint["code"], code_of(model.config.router)):
-        print(f"{args.run} was trained with another {', '.join(changed)}.", file=sys.stderr)
+    model, checkpoint = load_checkpoint(Path(os.path.expanduser(args.run), "ckpt.pt"))
+    if other := changed(checkpoint["code"], code_of(model.config.router)):
+        print(f"{args.run} was trained with another {', '.join(other)}.", file=sys.stderr)
     layer = model.config.n_layer // 2 if args.layer is None else args.layer
     if not 0 <= layer < model.config.n_layer:
         raise ValueError(f"--layer must be from 0 to {model.config.n_layer - 1}, not {layer}.")

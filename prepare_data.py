@@ -82,7 +82,7 @@ def visible(text):
 
 def open_corpus(dataset, glob, val_fraction, data_root):
     """-> generator of the documents of a built-in data set, or of a text file or folder."""
-    path = Path(dataset).expanduser()
+    path = Path(os.path.expanduser(dataset))
     if glob and (dataset in DATASETS or not path.is_dir()):
         raise ValueError(f"--glob picks files inside a folder, but {dataset} is not a folder.")
     if Path(glob or "*").is_absolute():
@@ -164,7 +164,8 @@ def read_single(path, val_fraction):
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it.") from error
     for text in read_text(path):
         cut = max(0, min(left, len(text)))
-        # on to the next line end, but not to the one that ends the text: val is to get some
+        # on to the next line end (cut - 1: it may be there already), but not to the one that ends
+        # the text: val is to get some
         line_end = text.find("\n", cut - 1, -1) if cut else -1
         if line_end >= 0:
             cut = line_end + 1
@@ -220,7 +221,7 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
                          f"each split), not {val_fraction} and {max_tokens}.")
     enc = get_tokenizer(tokenizer)
     dataset, data_root = str(dataset), Path(data_root)
-    path = Path(dataset).expanduser().resolve()
+    path = Path(os.path.expanduser(dataset)).resolve()
     source = dataset if dataset in DATASETS else str(path)
     name = name or (path.stem if path.is_file() else path.name)
     target = data_root / name

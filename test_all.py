@@ -12,7 +12,6 @@ import os
 import random
 import re
 import runpy
-import shlex
 import shutil
 import signal
 import string
@@ -1753,7 +1752,7 @@ def test_runs_of_the_same_name_are_told_apart_and_the_home_folder_is_found(
     done = run_script("analyze.py", "out/aux-1", "~/mine/aux-1", "--tokens=64",
                       "--out_dir=~/result", cwd=workplace)
     names = list(json.loads((tmp_path / "result" / "metrics.json").read_text()))
-    assert names == ["aux-1", "~/mine/aux-1/aux-1"]
+    assert names == ["aux-1", "~/mine/aux-1"]
     assert "is not the data that" in done.stderr and not (workplace / "~").exists()
     assert "data_sha256 other" in done.stdout  # nor are the two averaged
 

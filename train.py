@@ -33,7 +33,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, Config, SMoETransformer, changed_code, code_of, coupling_spearman, file_hash,
+    INCIDENTAL, Config, SMoETransformer, changed, code_of, coupling_spearman, file_hash,
     load_balance, load_checkpoint, perplexity, read_log, router_similarity, validate)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_batch, get_tokenizer, lock, open_dataset, prepare,
@@ -141,13 +141,13 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
     loaded = None
     if named.resume:
         out_dir = os.path.expanduser(named.out_dir or f"out/{named.router}")
-        loaded = load_checkpoint(Path(out_dir, "ckpt.pt"))
+        loaded = _, checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"))
         parser.set_defaults(**{  # but for settings that you have removed from the code since
-            name: value for name, value in loaded[1]["config"].items() if name in vars(named)}
+            name: value for name, value in checkpoint["config"].items() if name in vars(named)}
             | {"out_dir": out_dir})
     c = TrainConfig(**vars(parser.parse_args(argv)))
     if loaded:
-        check_resume(loaded[1], c)
+        check_resume(checkpoint, c)
     return c, loaded
 
 
@@ -257,6 +257,11 @@ def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> 
     return torch.stack(losses).mean(0)
 
 
+def mean(values: torch.Tensor) -> float | None:
+    """Over layers, without nan; None if all are nan (one expert), as JSON has no nan."""
+    return None if values.isnan().all() else values.nanmean().item()
+
+
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
     """-> (metrics for the log, see README.md; tokens that each expert got (n_layer, E)). Loss and
     load are on n_tokens validation tokens, the same for every seed and batch size, divided among
@@ -277,9 +282,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     similarity = torch.stack([router_similarity(r.directions)[0] for r in model.routers()])
     return {"val_loss": val_loss, "perplexity": perplexity(val_loss),
             "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
-            # nan, as that of a single expert, is no JSON
-            "router_similarity": None if similarity.isnan().all() else similarity.nanmean().item(),
-            "coupling_spearman": None if coupling.isnan().all() else coupling.nanmean().item(),
+            "router_similarity": mean(similarity), "coupling_spearman": mean(coupling),
             "val_tokens": int(sums[1])}, loads
 
 
@@ -392,7 +395,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if dtype != torch.bfloat16 or device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
+    return next((peak for part, peak in PEAK_BF16.items()
+                 if re.search(rf"{part}(?!\d)", name)), None)  # an A1000 is no A100
 
 
 def bench(c: TrainConfig) -> None:
@@ -513,12 +517,13 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
         records = [record for record in read_log(out_dir / "log.jsonl") if record["step"] <= step]
         # with other code or another max_iters it is no longer the run that it was: note that, in
         # the history as [step of the change, what, old value], and keep what it was
-        before, now = changeable(loaded[1]), changeable(about)
-        changed = changed_code(before, now)
-        about["history"] = loaded[1]["history"] + [
-            [step, what, before.get(what, "absent")] for what in changed]
-        if machine.master and changed:
-            print(f"The run as it was at step {step}, before a change of {', '.join(changed)}, is "
+        _, checkpoint = loaded
+        before = changeable(checkpoint)
+        other = changed(before, changeable(about))
+        about["history"] = checkpoint["history"] + [
+            [step, what, before.get(what, "absent")] for what in other]
+        if machine.master and other:
+            print(f"The run as it was at step {step}, before a change of {', '.join(other)}, is "
                   f"kept in {keep(out_dir)}.")
     else:
         model = SMoETransformer(c).to(machine.device)
@@ -597,7 +602,7 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
                 append(record, log_path)
                 if evaluating or stop:
                     save_checkpoint(checkpoint_path, about, raw_model, optimizer, step,
-                                    metrics | {"load": loads} if last else None)
+                                    (metrics | {"load": loads}) if last else None)
                 if evaluating:
                     tqdm.write(", ".join(
                         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
