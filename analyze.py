@@ -605,16 +605,20 @@ def differing_settings(groups: list[Group]) -> str:
     return line
 
 
-def measured_by_other_code(runs: dict[str, dict]) -> list[str]:
-    """A line for each set of files in which the code that measured is not the code that trained.
-    Only perplexity and load of a finished run are of the latter alone."""
+def caveats(runs: dict[str, dict]) -> list[str]:
+    """Lines that name the runs which were measured with other code than trained, or on another text
+    than evaluated: only perplexity and load of a finished run are not concerned."""
     found = {}
     for name, run in runs.items():
         files = [key.removesuffix(MEASURING) for key in run["settings"] if key.endswith(MEASURING)]
         if files:
-            found.setdefault(", ".join(files), []).append(name)
-    return [f"Measured with another {what} than trained: {', '.join(names)}."
-            for what, names in found.items()]
+            what = f"Measured with another {', '.join(files)} than trained"
+            found.setdefault(what, []).append(name)
+        val_sha256 = run["settings"]["val_sha256"]
+        if run["settings"].get("seen_sha256", val_sha256) != val_sha256:  # --hf reads one text
+            what = "Measured on another text than perplexity and load are of"
+            found.setdefault(what, []).append(name)
+    return [f"{what}: {', '.join(names)}." for what, names in found.items()]
 
 
 def paired_differences(groups: list[Group]) -> list[str]:
@@ -931,6 +935,9 @@ def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[s
     """-> {name: metrics} of all sources, written to `path`. What cannot be read or measured is left
     out with a sentence."""
     runs, partial = {}, path.with_name("metrics.partial.json")  # for the case of a kill -9
+    if partial.exists():
+        kept = partial.rename(free_path(path.parent, "metrics.old-", ".json"))
+        print(f"What an analysis had measured when it was killed is kept as {kept}.\n")
     try:
         for source in sources:
             try:
@@ -961,7 +968,7 @@ def report(runs: dict[str, dict], path: Path) -> None:
     print(markdown_table([(name, [run]) for name, run in runs.items()]
                          + [(f"{group.label}, mean ± Std over seeds", group.runs)
                             for group in several]))
-    lines = measured_by_other_code(runs)
+    lines = caveats(runs)
     if len(groups) > 1:
         lines += [differing_settings(groups), *paired_differences(groups)]
     for line in lines:

@@ -206,11 +206,6 @@ class SMoE(nn.Module):
         if shape != (E, C):
             raise ValueError("the directions of a router must be (n_expert, n_embd) = "
                              f"{(E, C)}, not {shape}.")
-        for module in self.router.modules():
-            for name, value in vars(module).items():
-                if isinstance(value, Tensor):  # no checkpoint would have it
-                    raise ValueError(f"{name} of the router must be a parameter or a buffer: "
-                                     f"self.register_buffer({name!r}, ...).")
         self.w_gate = nn.Parameter(torch.empty(E, H, C))
         self.w_up = nn.Parameter(torch.empty(E, H, C))
         self.w_down = nn.Parameter(torch.empty(E, C, H))

@@ -372,16 +372,6 @@ def test_directions_of_another_shape_are_refused_before_the_training(monkeypatch
         make_model(router="own")
 
 
-def test_a_tensor_of_a_router_that_no_checkpoint_would_have_is_refused(monkeypatch):
-    class Forgetful(ROUTERS["kmeans"]):
-        def __init__(self, config):
-            super().__init__(config)
-            self.noise = torch.rand(config.n_expert)
-    monkeypatch.setitem(ROUTERS, "own", Forgetful)
-    with pytest.raises(ValueError, match="noise of the router must be a parameter or a buffer"):
-        make_model(router="own")
-
-
 # ---------------------------------------------------------------- learning
 
 def trainer(router, device="cpu"):
@@ -681,6 +671,43 @@ def test_what_a_router_draws_at_random_in_evaluations_changes_nothing_in_the_tra
         run_train("--router=noisy", f"--eval_interval={interval}", f"--out_dir=out/{interval}")
         losses.append([record["train_loss"] for record in read_log(f"out/{interval}")])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("forget", [
+    lambda router: vars(router).update(drawn=torch.randn(2)),
+    lambda router: router.register_buffer("drawn", torch.randn(2), persistent=False),
+    lambda router: vars(router).update(drawn=np.random.randn())])
+def test_a_router_with_state_that_no_checkpoint_would_hold_is_refused_before_the_training(
+        forget, workdir, monkeypatch):
+    class Forgetful(ROUTERS["kmeans"]):
+        def __init__(self, config):
+            super().__init__(config)
+            forget(self)
+
+        def gate(self, chosen_logits):
+            return super().gate(chosen_logits) * self.drawn
+
+    monkeypatch.setitem(ROUTERS, "forgetful", Forgetful)
+    assert "a checkpoint would not hold all of the router" in refusal(
+        run_train, "--router=forgetful", "--out_dir=out/a")
+    assert [path.name for path in Path("out/a").iterdir()] == ["lock"]
+
+
+def test_a_counter_that_no_checkpoint_would_hold_ends_the_run_before_its_first_save(
+        workdir, monkeypatch):
+    class Annealed(ROUTERS["kmeans"]):
+        steps = 0
+
+        def update(self):
+            self.steps += 1
+
+        def gate(self, chosen_logits):
+            return super().gate(chosen_logits) * (1 + self.steps)
+
+    monkeypatch.setitem(ROUTERS, "annealed", Annealed)
+    assert "a checkpoint would not hold" in refusal(
+        run_train, "--router=annealed", "--out_dir=out/a")
+    assert not Path("out/a/ckpt.pt").exists()
 
 
 def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(workdir):
@@ -1409,8 +1436,9 @@ def test_text_lines_are_whole_lines_of_text_with_the_expert_of_each_token():
 def a_run(perplexity=4.0, seed=1, step=6, tokens=64, **settings):
     """What metrics.json says of a run, as far as the tables need it."""
     settings = {"router": "aux", "seed": seed, "max_iters": 6, "top_k": 2, "z_loss_coef": 0.0,
-                "data_sha256": "a", "val_sha256": "a", "model.py": "a", "analyze.py": "a",
-                "block_size": 16, "history": "none", "out_dir": f"out/{seed}"} | settings
+                "data_sha256": "a", "val_sha256": "a", "seen_sha256": "a", "model.py": "a",
+                "analyze.py": "a", "block_size": 16, "history": "none", "out_dir": f"out/{seed}"
+                } | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
             "tokens": tokens, "settings": settings}
 
@@ -1523,6 +1551,11 @@ def test_groups_look_different_in_colour_or_marker_however_many_there_are():
 def test_the_table_marks_a_run_short_of_its_steps():
     table = analyze.markdown_table([("a", [a_run()]), ("b", [a_run(step=3)])])
     assert [line.split(" | ")[3] for line in table.splitlines()[2:]] == ["6", "3 of 6"]
+
+
+def test_a_line_names_the_runs_that_were_measured_on_another_text_than_evaluated():
+    runs = {"a": a_run(), "b": a_run(seen_sha256="b")}
+    assert analyze.caveats(runs) == ["Measured on another text than perplexity and load are of: b."]
 
 
 def test_one_line_names_every_setting_in_which_the_runs_differ():
@@ -1755,6 +1788,7 @@ def test_runs_of_the_same_name_are_told_apart_and_the_home_folder_is_found(
     assert names == ["aux-1", "~/mine/aux-1"]
     assert "is not the data that" in done.stderr and not (workplace / "~").exists()
     assert "data_sha256 other" in done.stdout  # nor are the two averaged
+    assert "another text" not in done.stdout  # as its val_sha256 is that of data/toy
 
 
 # ---------------------------------------------------------------- any mixture of experts
@@ -2103,6 +2137,10 @@ def test_the_end_of_an_analysis_loses_no_run_that_was_measured(workplace, tmp_pa
     with pytest.raises(SystemError):
         analyze_in(workplace, "out/aux-2", "out/aux-1", "--tokens=64", f"--out_dir={tmp_path}")
     assert list(analyze.read_metrics(tmp_path / "metrics.partial.json")) == ["aux-2"]
+    observe.side_effect = [True]
+    with pytest.raises(ValueError, match="no run is left"):
+        analyze_in(workplace, "nowhere", f"--out_dir={tmp_path}")
+    assert list(analyze.read_metrics(tmp_path / "metrics.old-1.json")) == ["aux-2"]
 
 
 def test_a_run_is_added_to_the_metrics_json_of_earlier_ones(workplace, analysis, tmp_path, capsys):

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from model import (
     INCIDENTAL, Config, SMoETransformer, changed, code_of, coupling_spearman, file_hash,
-    load_balance, load_checkpoint, perplexity, read_log, router_similarity, validate)
+    load_balance, load_checkpoint, perplexity, read_log, router_similarity, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_batch, get_tokenizer, lock, open_dataset, prepare,
     printable, replacing)
@@ -262,6 +262,24 @@ def mean(values: torch.Tensor) -> float | None:
     return None if values.isnan().all() else values.nanmean().item()
 
 
+def check_reloads(model, idx, targets) -> None:
+    """idx and targets (B, T). Raises ValueError if a model made anew from the state_dict routes
+    otherwise: no checkpoint would hold all that the router is."""
+    again = SMoETransformer(model.config).to(idx.device).eval()
+    again.load_state_dict(model.state_dict())
+    routed = []
+    for one in (model, again):
+        torch.manual_seed(0)  # a router may draw in eval mode, too
+        with watch(one.routers()) as seen:
+            one(idx, targets)
+        routed.append([value.float() for [(_, routing)] in seen
+                       for value in (routing.indices, routing.gates, routing.scores)])
+    for a, b in zip(*routed):
+        if (a - b).abs().mean() > 1e-3 * a.abs().mean():  # some routers round differently on a GPU
+            raise ValueError("a checkpoint would not hold all of the router: what it needs to "
+                             "compute, a counter too, must be a parameter or a persistent buffer.")
+
+
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
     """-> (metrics for the log, see README.md; tokens that each expert got (n_layer, E)). Loss and
     load are on n_tokens validation tokens, the same for every seed and batch size, divided among
@@ -274,6 +292,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
         loss, n, loads = validate(model, eval_batches(
             data, n_tokens, rank=machine.rank, world_size=machine.world_size, **where))
         coupling = coupling_spearman(model, eval_batches(data, 2048, **where))
+        check_reloads(model, *next(eval_batches(data, 2048, **where)))
     model.train()
     loads = sum_over_processes(loads).cpu()                                           # (n_layer, E)
     sums = sum_over_processes(torch.tensor([loss, n], dtype=torch.double, device=machine.device))
@@ -485,10 +504,11 @@ def finish(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
           + command(Path(__file__).with_name("analyze.py"), c.out_dir))
 
 
-def command(script: Path, *flags: str) -> str:
+def command(script: Path, *flags: str, processes: int = 1) -> str:
     """What the user types next, in the folder where they are."""
     name = script.name if script.parent == Path.cwd() else str(script)
-    return shlex.join(["python", name, *flags])
+    launcher = ["python"] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
+    return shlex.join([*launcher, name, *flags])
 
 
 def restore(loaded: tuple, data, device, c: TrainConfig) -> tuple:
@@ -611,7 +631,8 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
     bar.close()
     if machine.master and step < c.max_iters:
         print(f"stopped and saved at step {step}; go on with: "
-              + command(Path(__file__), f"--out_dir={c.out_dir}", "--resume"))
+              + command(Path(__file__), f"--out_dir={c.out_dir}", "--resume",
+                        processes=world_size))
     elif machine.master:
         finish(raw_model, data, metrics, autocast, c)
 
