@@ -949,7 +949,9 @@ def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[s
                 continue
             for name, metrics in found.items():  # the second of one name is called by its place
                 place = source.parent if source.name == name else source
-                runs[f"{place}/{name}" if name in runs else name] = metrics
+                while name in runs:
+                    name = f"{place}/{name}"
+                runs[name] = metrics
             with replacing(partial) as temporary:
                 temporary.write_text(json.dumps(runs) + "\n")
     finally:  # an interrupt or a bug loses no run that was measured

@@ -693,20 +693,29 @@ def test_a_router_with_state_that_no_checkpoint_would_hold_is_refused_before_the
     assert [path.name for path in Path("out/a").iterdir()] == ["lock"]
 
 
-def test_a_counter_that_no_checkpoint_would_hold_ends_the_run_before_its_first_save(
-        workdir, monkeypatch):
-    class Annealed(ROUTERS["kmeans"]):
-        steps = 0
+def cool_by_a_counter(router):
+    router.temperature = getattr(router, "temperature", 0.1) * 0.5
 
+
+def cool_by_the_config(router):
+    router.config.gate_temperature *= 0.5
+
+
+@pytest.mark.parametrize("cool", [cool_by_a_counter, cool_by_the_config])
+def test_a_schedule_that_no_checkpoint_would_hold_ends_the_run_before_its_first_save(
+        cool, workdir, monkeypatch):
+    class Cooling(ROUTERS["kmeans"]):
         def update(self):
-            self.steps += 1
+            super().update()
+            cool(self)
 
         def gate(self, chosen_logits):
-            return super().gate(chosen_logits) * (1 + self.steps)
+            temperature = getattr(self, "temperature", self.config.gate_temperature)
+            return (chosen_logits / temperature).softmax(-1)
 
-    monkeypatch.setitem(ROUTERS, "annealed", Annealed)
+    monkeypatch.setitem(ROUTERS, "cooling", Cooling)
     assert "a checkpoint would not hold" in refusal(
-        run_train, "--router=annealed", "--out_dir=out/a")
+        run_train, "--router=cooling", "--out_dir=out/a")
     assert not Path("out/a/ckpt.pt").exists()
 
 
@@ -1782,10 +1791,10 @@ def test_runs_of_the_same_name_are_told_apart_and_the_home_folder_is_found(
         workplace, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     change_checkpoint(workplace / "out" / "aux-1", tmp_path / "mine" / "aux-1", data_sha256="other")
-    done = run_script("analyze.py", "out/aux-1", "~/mine/aux-1", "--tokens=64",
+    done = run_script("analyze.py", "out/aux-1", "~/mine/aux-1", "~/mine/aux-1", "--tokens=64",
                       "--out_dir=~/result", cwd=workplace)
     names = list(json.loads((tmp_path / "result" / "metrics.json").read_text()))
-    assert names == ["aux-1", "~/mine/aux-1"]
+    assert names == ["aux-1", "~/mine/aux-1", "~/mine/~/mine/aux-1"]
     assert "is not the data that" in done.stderr and not (workplace / "~").exists()
     assert "data_sha256 other" in done.stdout  # nor are the two averaged
     assert "another text" not in done.stdout  # as its val_sha256 is that of data/toy

@@ -9,6 +9,7 @@
 Every field of TrainConfig below is a flag: --name=value. A run writes out/<run>/log.jsonl and
 out/<run>/ckpt.pt; Ctrl-C and SIGTERM finish the step and save."""
 import argparse
+import copy
 import filecmp
 import inspect
 import json
@@ -262,10 +263,10 @@ def mean(values: torch.Tensor) -> float | None:
     return None if values.isnan().all() else values.nanmean().item()
 
 
-def check_reloads(model, idx, targets) -> None:
+def check_reloads(model, idx, targets, c: TrainConfig) -> None:
     """idx and targets (B, T). Raises ValueError if a model made anew from the state_dict routes
     otherwise: no checkpoint would hold all that the router is."""
-    again = SMoETransformer(model.config).to(idx.device).eval()
+    again = SMoETransformer(c).to(idx.device).eval()
     again.load_state_dict(model.state_dict())
     routed = []
     for one in (model, again):
@@ -292,7 +293,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
         loss, n, loads = validate(model, eval_batches(
             data, n_tokens, rank=machine.rank, world_size=machine.world_size, **where))
         coupling = coupling_spearman(model, eval_batches(data, 2048, **where))
-        check_reloads(model, *next(eval_batches(data, 2048, **where)))
+        check_reloads(model, *next(eval_batches(data, 2048, **where)), c)
     model.train()
     loads = sum_over_processes(loads).cpu()                                           # (n_layer, E)
     sums = sum_over_processes(torch.tensor([loss, n], dtype=torch.double, device=machine.device))
@@ -357,11 +358,11 @@ def keep(out_dir: Path) -> Path:
         if filecmp.cmp(kept, out_dir / "ckpt.pt", shallow=False):
             return kept.parent  # by an earlier try
     with tempfile.TemporaryDirectory(prefix=".", dir=out_dir.parent) as temporary:
-        copy = Path(temporary, "run")
-        copy.mkdir()
+        whole = Path(temporary, "run")
+        whole.mkdir()
         for file in filter(Path.exists, (out_dir / "ckpt.pt", out_dir / "log.jsonl")):
-            shutil.copy(file, copy)
-        return copy.rename(free_path(out_dir.parent, f"{out_dir.name}.old"))
+            shutil.copy(file, whole)
+        return whole.rename(free_path(out_dir.parent, f"{out_dir.name}.old"))
 
 
 def describe(c: TrainConfig, dtype: torch.dtype, data) -> dict:
@@ -546,7 +547,7 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
             print(f"The run as it was at step {step}, before a change of {', '.join(other)}, is "
                   f"kept in {keep(out_dir)}.")
     else:
-        model = SMoETransformer(c).to(machine.device)
+        model = SMoETransformer(copy.copy(c)).to(machine.device)  # a router may change its config
         optimizer = make_optimizer(model, c)
         step = 0
         metrics, _ = evaluate(model, data, c.eval_tokens, machine, c)
