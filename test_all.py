@@ -1796,7 +1796,7 @@ def test_runs_of_the_same_name_are_told_apart_and_the_home_folder_is_found(
     names = list(json.loads((tmp_path / "result" / "metrics.json").read_text()))
     assert names == ["aux-1", "~/mine/aux-1", "~/mine/~/mine/aux-1"]
     assert "is not the data that" in done.stderr and not (workplace / "~").exists()
-    assert re.search(r"data_sha256 \w{12} \(aux-1\), else other;", done.stdout)  # nor averaged
+    assert re.search(r"data_sha256 \w{12} \(aux-1\), else other\.", done.stdout)  # nor averaged
     assert "another text" not in done.stdout  # as its val_sha256 is that of data/toy
 
 
