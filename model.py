@@ -503,11 +503,15 @@ INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_inter
               "log_interval"}
 
 
-def router_class(name: str) -> type | None:
-    """The class of that name in ROUTERS; None if there is none. A module NAME.py beside this file
-    is imported first: it registers your own."""
+def own_module(name: str):
+    """The module NAME.py beside this file, imported: it registers your router. None: no such."""
     if name.isidentifier() and Path(__file__).with_name(f"{name}.py").exists():
-        import_module(name)
+        return import_module(name)
+
+
+def router_class(name: str) -> type | None:
+    """The class of that name in ROUTERS, built in or your own; None if there is none."""
+    own_module(name)
     return ROUTERS.get(name)
 
 
@@ -534,8 +538,8 @@ def code_of(router: str) -> dict[str, str]:
     apart: CODE and, of your own router, its module and those that define its base classes."""
     known = sys.stdlib_module_names | {"torch", "routers"}
     own = [cls for cls in ROUTERS[router].__mro__ if cls.__module__.split(".")[0] not in known]
-    if router in sys.modules and Path(__file__).with_name(f"{router}.py").exists():
-        own.append(sys.modules[router])
+    if module := own_module(router):
+        own.append(module)
     hashes = dict.fromkeys(map(source_hash, own))
     return CODE | ({f"router {router}": " ".join(hashes)} if own else {})
 
