@@ -934,10 +934,8 @@ def read_or_measure(source: Path, args: argparse.Namespace) -> dict[str, dict]:
 def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[str, dict]:
     """-> {name: metrics} of all sources, written to `path`. What cannot be read or measured is left
     out with a sentence."""
-    runs, partial = {}, path.with_name("metrics.partial.json")  # for the case of a kill -9
-    if partial.exists():
-        kept = partial.rename(free_path(path.parent, "metrics.old-", ".json"))
-        print(f"What an analysis had measured when it was killed is kept as {kept}.\n")
+    # what is left of a kill -9, and can be named as a source; so none is written twice
+    runs, partial = {}, free_path(path.parent, "metrics.partial-", ".json")
     try:
         for source in sources:
             try:
