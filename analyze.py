@@ -33,17 +33,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    CODE, INCIDENTAL, changed, code_of, expert_activations, expert_colors, file_hash,
-    load_balance, load_checkpoint, perplexity, read_log, router_cosines, router_similarity,
-    spearman, validate, watch)
+    INCIDENTAL, code_of, expert_activations, expert_colors, load_balance, load_checkpoint,
+    perplexity, read_log, router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_tokenizer, lock, open_corpus, open_dataset,
     out_of_memory, printable, replacing, visible)
 
 WIDTH = 70  # characters in a line of experts.png
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
-MEASURED_BY = {"analyze.py": file_hash(__file__)}  # as it was imported
-MEASURING = ", measuring"  # marks the hash of code that measured a run and did not train it
 
 
 def warn(sentence: str) -> None:
@@ -86,36 +83,32 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     # the last evaluation is on more tokens, so it is no point of the curves
     log = [record for record in evaluations
            if record.get("val_tokens") == evaluations[0].get("val_tokens")]
-    data = open_dataset(Path("data", config["dataset"]), c.block_size, c.vocab_size)
-    if data.meta["sha256"]["train.bin"] != checkpoint["data_sha256"]:
-        warn(f"data/{config['dataset']} is not the data that {folder} was trained on: it may "
-             "have seen some of the validation tokens in training.")
+    data = open_dataset(Path("data", config["dataset"]), c.block_size, c.vocab_size,
+                        checkpoint["sha256"])
 
     def batches(n):  # n validation tokens, spaced as train.py spaces them, about 1,024 at a time
         return tqdm(list(eval_batches(data, n, block_size=c.block_size, device=device,
                                       batch_size=max(1, 1024 // c.block_size))), folder.name, **BAR)
 
     model.to(device).eval()
-    # hashes of the text that its layers are observed on, and of that which its perplexity is of
-    seen_sha256 = val_sha256 = data.meta["sha256"]["val.bin"]
-    if evaluation:
-        val_sha256 = checkpoint["val_sha256"]
-    else:  # the run was stopped before its end
+    if not evaluation:  # the run was stopped before its end
         loss, n, load = validate(model, batches(config["final_eval_tokens"]))
         evaluation = {"val_loss": loss / n, "val_tokens": n, "load": load}
     tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device),
                                     gradient_shares(model, *next(iter(batches(1024)))))
-    code, now = checkpoint["code"], code_of(c.router)
-    other_code = {what + MEASURING: now.get(what, "absent") for what in changed(code, now)}
     history = [f"{what} was {old} to step {step_of_change}"  # what a --resume has changed
                for step_of_change, what, old in checkpoint["history"]]
-    # runs are averaged over seeds only if all of this is equal
-    settings = config | code | checkpoint["trained_by"] | MEASURED_BY | other_code | {
-        "history": ", ".join(history) or "none", "data_sha256": checkpoint["data_sha256"][:12],
-        "val_sha256": val_sha256[:12], "seen_sha256": seen_sha256[:12]}
+    # runs are averaged over seeds only if all of this is equal. A field that is newer than the run
+    # has its default, as in the model
+    code = {key: checkpoint[key] for key in ("code", "router_code")}
+    settings = vars(c) | config | code | {
+        "history": ", ".join(history) or "none",
+        "data_sha256": checkpoint["sha256"]["train.bin"][:12],
+        "val_sha256": checkpoint["sha256"]["val.bin"][:12]}
     about = {
         "router": c.router, "seed": config["seed"], "step": step, "settings": settings, "log": log,
-        "perplexity": perplexity(evaluation["val_loss"]), "val_tokens": evaluation["val_tokens"]}
+        "perplexity": perplexity(evaluation["val_loss"]), "val_tokens": evaluation["val_tokens"],
+        "edited": code != code_of(c.router)}
     try:
         encoding = get_tokenizer(checkpoint["tokenizer"])
         text_of = lambda token: printable(encoding, [token]) or f"<{token}>"
@@ -306,9 +299,10 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
         "router": c.model_type, "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
         "dtype": str(model.dtype).removeprefix("torch."), "n_embd": C, "n_expert": E, "top_k": K,
         "d_expert": H, "block_size": ids.shape[1] - 1,
-        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12]} | CODE | MEASURED_BY
+        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12]}
     about = {"router": c.model_type, "seed": None, "step": None, "settings": settings, "log": [],
-             "perplexity": perplexity(loss / len(tokens)), "val_tokens": len(tokens)}
+             "perplexity": perplexity(loss / len(tokens)), "val_tokens": len(tokens),
+             "edited": False}
     return Observed(about, tokens, text_of, layers)
 
 
@@ -536,11 +530,9 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
     found, settings = {}, [experiment(group.runs[0]) for group in groups]
     for key in dict.fromkeys(key for one in settings for key in one):
         for group, one in zip(groups, settings):
-            # an --hf model has not the settings of a training; a run may be older than one of them
-            trained_here = "max_iters" in one
-            if key in one or trained_here:
+            if key in one:  # an --hf model has not the settings of a training
                 values = found.setdefault(key, {})
-                values.setdefault(str(one.get(key, "absent")), []).append(group.label)
+                values.setdefault(str(one[key]), []).append(group.label)
     return {key: labels for key, labels in found.items() if len(labels) > 1}
 
 
@@ -591,34 +583,15 @@ def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
 
 def differing_settings(groups: list[Group]) -> str:
     """One line that names every setting in which the groups differ, but for the router."""
-    found, parts = differing(groups), []
-    for key, labels in found.items():
-        usual, *others = sorted(labels, key=lambda value: -len(labels[value]))
-        if key != "router":
-            parts.append(", ".join(f"{key} {value} ({', '.join(labels[value])})"
-                                   for value in others) + f", else {usual}")
+    found = differing(groups)
+    parts = [f"{key} " + ", ".join(f"{value} ({', '.join(labels)})" for value, labels in of.items())
+             for key, of in found.items() if key != "router"]
     line = f"Settings that differ: {'; '.join(parts) or 'none but router or seed'}."
     if OTHER_TEXT & found.keys():
         line += " So perplexities are of different texts or windows, and not comparable."
     if "eval_tokens" in found:
         line += " So training.png shows perplexity and balance on different texts."
     return line
-
-
-def caveats(runs: dict[str, dict]) -> list[str]:
-    """Lines that name the runs which were measured with other code than trained, or on another text
-    than evaluated: only perplexity and load of a finished run are not concerned."""
-    found = {}
-    for name, run in runs.items():
-        files = [key.removesuffix(MEASURING) for key in run["settings"] if key.endswith(MEASURING)]
-        if files:
-            what = f"Measured with another {', '.join(files)} than trained"
-            found.setdefault(what, []).append(name)
-        val_sha256 = run["settings"]["val_sha256"]
-        if run["settings"].get("seen_sha256", val_sha256) != val_sha256:  # --hf reads one text
-            what = "Measured on another text than perplexity and load are of"
-            found.setdefault(what, []).append(name)
-    return [f"{what}: {', '.join(names)}." for what, names in found.items()]
 
 
 def paired_differences(groups: list[Group]) -> list[str]:
@@ -628,10 +601,9 @@ def paired_differences(groups: list[Group]) -> list[str]:
     for earlier, later in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in later.runs for y in earlier.runs
                  if x["seed"] == y["seed"]]
-        # a router of your own is a name and its code; how analyze.py measures does not matter
-        different = {"router" if key.startswith("router ") else key
-                     for key in differing([later, earlier]) if key not in MEASURED_BY}
-        if len(pairs) > 1 and len(different) == 1 and not different & OTHER_TEXT:
+        # a router of your own is a name and its code
+        different = differing([later, earlier]).keys() - {"router_code"}
+        if len(pairs) > 1 and len(different) <= 1 and not different & OTHER_TEXT:
             percent = [100 * (x / y - 1) for x, y in pairs]
             error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
             lines.append(f"perplexity, {later.label} - {earlier.label}: {np.mean(percent):+.2f} ± "
@@ -900,7 +872,7 @@ def read_metrics(path: Path) -> dict[str, dict]:
     try:
         runs = json.loads(path.read_text())
         for run in runs.values():
-            run["settings"]["analyze.py"]  # KeyError if it is missing
+            run["settings"], run["edited"]  # KeyError if it is missing
         return runs
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None
@@ -934,8 +906,7 @@ def read_or_measure(source: Path, args: argparse.Namespace) -> dict[str, dict]:
 def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[str, dict]:
     """-> {name: metrics} of all sources, written to `path`. What cannot be read or measured is left
     out with a sentence."""
-    # what is left of a kill -9, and can be named as a source; so none is written twice
-    runs, partial = {}, free_path(path.parent, "metrics.partial-", ".json")
+    runs = {}
     try:
         for source in sources:
             try:
@@ -950,12 +921,9 @@ def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[s
                 while name in runs:
                     name = f"{place}/{name}"
                 runs[name] = metrics
-            with replacing(partial) as temporary:
-                temporary.write_text(json.dumps(runs) + "\n")
     finally:  # an interrupt or a bug loses no run that was measured
         if runs:
             write_metrics(path, runs)
-            partial.unlink(missing_ok=True)
     if not runs:
         raise ValueError("no run is left to analyze.")
     return runs
@@ -968,11 +936,10 @@ def report(runs: dict[str, dict], path: Path) -> None:
     print(markdown_table([(name, [run]) for name, run in runs.items()]
                          + [(f"{group.label}, mean ± Std over seeds", group.runs)
                             for group in several]))
-    lines = caveats(runs)
+    if edited := [name for name, run in runs.items() if run["edited"]]:
+        print(f"\nMeasured with code that was edited since the training: {', '.join(edited)}.")
     if len(groups) > 1:
-        lines += [differing_settings(groups), *paired_differences(groups)]
-    for line in lines:
-        print(f"\n{line}")
+        print("", differing_settings(groups), *paired_differences(groups), sep="\n")
     try:
         figures = draw_figures(groups, path.parent)
     except ImportError:

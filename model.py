@@ -13,7 +13,6 @@ RMSNorm on each head of q and k, no biases, no dropout, an untied head. Unlike i
 expert has a capacity above which it drops tokens: every token reaches its K experts."""
 import colorsys
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -24,7 +23,6 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 import torch.nn as nn
@@ -32,7 +30,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-import routers
 from routers import ROUTERS, Router
 
 
@@ -503,50 +500,25 @@ INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_inter
               "log_interval"}
 
 
-def own_module(name: str):
-    """The module NAME.py beside this file, imported: it registers your router. None: no such."""
-    if name.isidentifier() and Path(__file__).with_name(f"{name}.py").exists():
-        return import_module(name)
-
-
 def router_class(name: str) -> type | None:
-    """The class of that name in ROUTERS, built in or your own; None if there is none."""
-    own_module(name)
+    """The class of that name in ROUTERS, built in or your own: the module NAME.py beside this file
+    registers it. None if there is none."""
+    if name.isidentifier() and Path(__file__).with_name(f"{name}.py").exists():
+        import_module(name)
     return ROUTERS.get(name)
 
 
-def file_hash(file) -> str:
-    """-> 12 digits of the SHA-256 of a file."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
-
-
-# the code that gives a model its numbers, as it was imported: the files may be edited later
-CODE = {Path(file).name: file_hash(file) for file in (
-    __file__, routers.__file__, Path(__file__).with_name("prepare_data.py"))}
-
-
-@cache  # as it was when the class or module was first looked at
-def source_hash(thing) -> str:
-    """Of the file of a module, or of the one that defines a class. In a notebook there is none, so
-    each time that a cell defines the class anew counts as other code."""
-    file = getattr(inspect.getmodule(thing), "__file__", None)
-    return file_hash(file) if file else uuid4().hex[:12]
-
-
+@cache  # as the files were when a run began: they may be edited while it trains
 def code_of(router: str) -> dict[str, str]:
-    """{what: hash} of the code of a model with this router, to tell the numbers of edited code
-    apart: CODE and, of your own router, its module and those that define its base classes."""
-    known = sys.stdlib_module_names | {"torch", "routers"}
-    own = [cls for cls in ROUTERS[router].__mro__ if cls.__module__.split(".")[0] not in known]
-    if module := own_module(router):
-        own.append(module)
-    hashes = dict.fromkeys(map(source_hash, own))
-    return CODE | ({f"router {router}": " ".join(hashes)} if own else {})
+    """12 digits of the SHA-256 of the code that gives a run its numbers: this project's, and that
+    of your own router."""
+    def digest(*names):
+        paths = [Path(__file__).with_name(f"{name}.py") for name in names]
+        code = b"".join(path.read_bytes() for path in paths if path.exists())
+        return hashlib.sha256(code).hexdigest()[:12]
 
-
-def changed(before: dict, now: dict) -> list[str]:
-    """-> the keys in which two tables differ."""
-    return [what for what in before | now if before.get(what) != now.get(what)]
+    return {"code": digest("model", "routers", "prepare_data", "train"),
+            "router_code": digest(router)}
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
@@ -555,25 +527,20 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     missing, damaged or foreign file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        for key in ("optimizer", "step", "evaluation", "rng", "history", "data_sha256",
-                    "val_sha256", "code", "trained_by", "tokenizer"):
+        for key in ("optimizer", "step", "evaluation", "rng", "history", "sha256", "code",
+                    "router_code", "tokenizer"):
             checkpoint[key]  # KeyError if it is missing
-        router, model = checkpoint["config"]["router"], None
-        if router_class(router):
-            names = {field.name for field in fields(Config)}  # a newer field has its default
-            model = SMoETransformer(Config(**{
-                name: value for name, value in checkpoint["config"].items() if name in names}))
-            model.load_state_dict(checkpoint["model"])
+        names = {field.name for field in fields(Config)}  # a newer field has its default
+        model = SMoETransformer(Config(**{
+            name: value for name, value in checkpoint["config"].items() if name in names}))
+        model.load_state_dict(checkpoint["model"])
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not there; name the folder of a run that has saved one."
                          ) from None
     except Exception as error:  # a damaged file can raise nearly anything
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
         raise ValueError(f"{path} is damaged, or no checkpoint of the code as it is now ({reason})."
                          ) from None
-    if model is None:
-        raise ValueError(f"{path} is of the router {router!r}, and there is no {router}.py beside "
-                         "model.py that registers it.")
     return model, checkpoint
 
 
@@ -610,8 +577,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--layer", type=int, help="whose experts (default: the middle layer)")
     args = parser.parse_args(argv)
     model, checkpoint = load_checkpoint(Path(os.path.expanduser(args.run), "ckpt.pt"))
-    if other := changed(checkpoint["code"], code_of(model.config.router)):
-        print(f"{args.run} was trained with another {', '.join(other)}.", file=sys.stderr)
     layer = model.config.n_layer // 2 if args.layer is None else args.layer
     if not 0 <= layer < model.config.n_layer:
         raise ValueError(f"--layer must be from 0 to {model.config.n_layer - 1}, not {layer}.")

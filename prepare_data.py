@@ -291,9 +291,10 @@ class Dataset(NamedTuple):
     meta: dict        # meta.json
 
 
-def open_dataset(folder, block_size, vocab_size):
-    """-> Dataset. ValueError unless the files of `folder` are there, as long as meta.json says, and
-    fit a model of this block_size and vocab_size."""
+def open_dataset(folder, block_size, vocab_size, sha256=None):
+    """-> Dataset. ValueError unless the files of `folder` are there, as long as meta.json says, fit
+    a model of this block_size and vocab_size and, of a run, are those that it was trained on: have
+    these hashes {file: SHA-256}."""
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -308,6 +309,9 @@ def open_dataset(folder, block_size, vocab_size):
         raise ValueError(
             f"{folder} is not a whole data set ({type(error).__name__}: {error}): move it away, if "
             "it is there, and make one with prepare_data.py.") from error
+    if sha256 and sha256 != meta["sha256"]:
+        raise ValueError(f"{folder} is not the data that this run was trained on: prepare that "
+                         "again, or start another run.")
     if n_vocab > vocab_size:
         raise ValueError(f"vocab_size must be at least {n_vocab} for {folder}, such as "
                          f"{-(-n_vocab // 64) * 64}; it is {vocab_size}.")
@@ -392,7 +396,6 @@ def replacing(path):
     """Yields the name of a file to write beside `path`, then puts it there: kill it when you like,
     what lies at `path` is whole. OSError: that of a full disk does not name the file, this does."""
     temporary = path.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)  # a kill -9 may have left it
     try:
         yield temporary
         os.replace(temporary, path)

@@ -9,8 +9,6 @@
 Every field of TrainConfig below is a flag: --name=value. A run writes out/<run>/log.jsonl and
 out/<run>/ckpt.pt; Ctrl-C and SIGTERM finish the step and save."""
 import argparse
-import copy
-import filecmp
 import inspect
 import json
 import math
@@ -19,7 +17,6 @@ import re
 import shlex
 import shutil
 import signal
-import tempfile
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
@@ -34,15 +31,12 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, Config, SMoETransformer, changed, code_of, coupling_spearman, file_hash,
-    load_balance, load_checkpoint, perplexity, read_log, router_similarity, validate, watch)
+    INCIDENTAL, Config, SMoETransformer, code_of, coupling_spearman, load_balance,
+    load_checkpoint, perplexity, read_log, router_similarity, validate)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_batch, get_tokenizer, lock, open_dataset, prepare,
     printable, replacing)
 from routers import update_routers
-
-TRAINED_BY = {Path(__file__).name: file_hash(__file__)}  # as it was imported
-
 
 # ---------------------------------------------------------------- settings
 
@@ -263,24 +257,6 @@ def mean(values: torch.Tensor) -> float | None:
     return None if values.isnan().all() else values.nanmean().item()
 
 
-def check_reloads(model, idx, targets, c: TrainConfig) -> None:
-    """idx and targets (B, T). Raises ValueError if a model made anew from the state_dict routes
-    otherwise: no checkpoint would hold all that the router is."""
-    again = SMoETransformer(c).to(idx.device).eval()
-    again.load_state_dict(model.state_dict())
-    routed = []
-    for one in (model, again):
-        torch.manual_seed(0)  # a router may draw in eval mode, too
-        with watch(one.routers()) as seen:
-            one(idx, targets)
-        routed.append([value.float() for [(_, routing)] in seen
-                       for value in (routing.indices, routing.gates, routing.scores)])
-    for a, b in zip(*routed):
-        if (a - b).abs().mean() > 1e-3 * a.abs().mean():  # some routers round differently on a GPU
-            raise ValueError("a checkpoint would not hold all of the router: what it needs to "
-                             "compute, a counter too, must be a parameter or a persistent buffer.")
-
-
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
     """-> (metrics for the log, see README.md; tokens that each expert got (n_layer, E)). Loss and
     load are on n_tokens validation tokens, the same for every seed and batch size, divided among
@@ -293,7 +269,6 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
         loss, n, loads = validate(model, eval_batches(
             data, n_tokens, rank=machine.rank, world_size=machine.world_size, **where))
         coupling = coupling_spearman(model, eval_batches(data, 2048, **where))
-        check_reloads(model, *next(eval_batches(data, 2048, **where)), c)
     model.train()
     loads = sum_over_processes(loads).cpu()                                           # (n_layer, E)
     sums = sum_over_processes(torch.tensor([loss, n], dtype=torch.double, device=machine.device))
@@ -329,9 +304,9 @@ def claim(out_dir: Path, c: TrainConfig):
     return file
 
 
-def open_data(c: TrainConfig, machine: Machine):
-    """-> Dataset of data/<dataset>. stdlib and python, which every machine has, are prepared here
-    if they are missing."""
+def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
+    """-> Dataset of data/<dataset>, of these hashes if the run is to go on. stdlib and python,
+    which every machine has, are prepared here if they are missing."""
     folder = Path("data", c.dataset)
     if c.dataset in ("stdlib", "python") and not folder.exists() and machine.master:
         try:
@@ -341,7 +316,7 @@ def open_data(c: TrainConfig, machine: Machine):
                 raise
     if machine.world_size > 1:
         dist.barrier()
-    return open_dataset(folder, c.block_size, c.vocab_size)
+    return open_dataset(folder, c.block_size, c.vocab_size, sha256)
 
 
 def append(record: dict, log: Path) -> None:
@@ -352,32 +327,13 @@ def append(record: dict, log: Path) -> None:
         raise OSError(f"{log} could not be written ({error.strerror}).") from error
 
 
-def keep(out_dir: Path) -> Path:
-    """-> a folder NAME.oldN with a copy of the run, whole or not at all."""
-    for kept in out_dir.parent.glob(f"{out_dir.name}.old*/ckpt.pt"):
-        if filecmp.cmp(kept, out_dir / "ckpt.pt", shallow=False):
-            return kept.parent  # by an earlier try
-    with tempfile.TemporaryDirectory(prefix=".", dir=out_dir.parent) as temporary:
-        whole = Path(temporary, "run")
-        whole.mkdir()
-        for file in filter(Path.exists, (out_dir / "ckpt.pt", out_dir / "log.jsonl")):
-            shutil.copy(file, whole)
-        return whole.rename(free_path(out_dir.parent, f"{out_dir.name}.old"))
-
-
 def describe(c: TrainConfig, dtype: torch.dtype, data) -> dict:
     """What a checkpoint says of its run, to which begin() adds the history."""
     config = asdict(c) | {"dtype": str(dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
     return dict(
-        config=config, history=[], data_sha256=data.meta["sha256"]["train.bin"],
-        val_sha256=data.meta["sha256"]["val.bin"], tokenizer=data.meta["tokenizer"]["name"],
-        code=code_of(c.router), trained_by=TRAINED_BY)
-
-
-def changeable(about: dict) -> dict:
-    """Of what describe() gives, what may differ when a run goes on."""
-    return {"max_iters": about["config"]["max_iters"]} | about["code"] | about["trained_by"]
+        config=config, history=[], sha256=data.meta["sha256"],
+        tokenizer=data.meta["tokenizer"]["name"], **code_of(c.router))
 
 
 def save_checkpoint(path: Path, about: dict, model, optimizer, step: int,
@@ -512,20 +468,6 @@ def command(script: Path, *flags: str, processes: int = 1) -> str:
     return shlex.join([*launcher, name, *flags])
 
 
-def restore(loaded: tuple, data, device, c: TrainConfig) -> tuple:
-    """What load_checkpoint gave -> (model, optimizer, step) to go on with."""
-    model, checkpoint = loaded
-    model.to(device)
-    if data.meta["sha256"] != {"train.bin": checkpoint["data_sha256"],
-                               "val.bin": checkpoint["val_sha256"]}:
-        raise ValueError(f"data/{c.dataset} is not the data that the run in {c.out_dir} was "
-                         "trained on; prepare that again, or start another run.")
-    optimizer = make_optimizer(model, c)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    torch.set_rng_state(checkpoint["rng"])  # for the sample at the end: batches do not need it
-    return model, optimizer, checkpoint["step"]
-
-
 def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple:
     """Starts a run, or goes on with what load_checkpoint gave, and writes its log up to here
     -> (model, optimizer, step, what describe() says of it)."""
@@ -533,21 +475,26 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
     about = describe(c, machine.dtype, data)
     torch.manual_seed(c.seed)  # the same weights on every rank
     if loaded:
-        model, optimizer, step = restore(loaded, data, machine.device, c)
+        model, checkpoint = loaded
+        optimizer = make_optimizer(model.to(machine.device), c)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])  # for the sample at the end: batches do not need it
+        step = checkpoint["step"]
         # the log forgets what came after the checkpoint
         records = [record for record in read_log(out_dir / "log.jsonl") if record["step"] <= step]
-        # with other code or another max_iters it is no longer the run that it was: note that, in
-        # the history as [step of the change, what, old value], and keep what it was
-        _, checkpoint = loaded
-        before = changeable(checkpoint)
-        other = changed(before, changeable(about))
-        about["history"] = checkpoint["history"] + [
-            [step, what, before.get(what, "absent")] for what in other]
-        if machine.master and other:
-            print(f"The run as it was at step {step}, before a change of {', '.join(other)}, is "
-                  f"kept in {keep(out_dir)}.")
+        # with other code or another max_iters it is no longer the run that it was: note that, as
+        # [step of the change, what, old value], and keep what it was
+        before, now = checkpoint["config"] | checkpoint, about["config"] | about
+        changes = [[step, what, before[what]] for what in ("max_iters", "code", "router_code")
+                   if now[what] != before[what]]
+        about["history"] = checkpoint["history"] + changes
+        if machine.master and changes:
+            with replacing(out_dir / f"ckpt-{step}.pt") as temporary:
+                shutil.copy(out_dir / "ckpt.pt", temporary)
+            print(f"{' and '.join(what for _, what, _ in changes)} changed since step {step}; the "
+                  f"checkpoint as it was is kept as {out_dir}/ckpt-{step}.pt.")
     else:
-        model = SMoETransformer(copy.copy(c)).to(machine.device)  # a router may change its config
+        model = SMoETransformer(c).to(machine.device)
         optimizer = make_optimizer(model, c)
         step = 0
         metrics, _ = evaluate(model, data, c.eval_tokens, machine, c)
@@ -640,11 +587,11 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
 
 def main(argv: list[str]) -> None:
     c, loaded = parse_args(argv)
-    code_of(c.router)  # reads your router's file, which you may edit while data is prepared
+    code_of(c.router)  # of the files as they are now: you may edit them meanwhile
     if c.bench:
         return bench(c)
     machine = set_up(c)
-    data = open_data(c, machine)
+    data = open_data(c, machine, loaded[1]["sha256"] if loaded else None)
     with claim(Path(c.out_dir), c) if machine.master else nullcontext():
         model, optimizer, step, about = begin(c, loaded, data, machine)
         del loaded  # on a GPU all is copied: the mapped file may go when it is replaced
