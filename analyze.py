@@ -810,8 +810,8 @@ FIGURES = {  # file: what draws it, its title, height in inches
     "common_mode.png": (draw_common_mode, "Alike for a common reason: directions that share the "
                         "mean hidden state", 4),
     "training.png": (draw_training, "What training does to perplexity, balance and coupling", 3.4),
-    "experts.png": (draw_experts, "Sorted by token: where one token keeps one colour, that of the "
-                    "expert it goes to first\n(colours compare within one panel only)", 6.6)}
+    "experts.png": (draw_experts, "Colour: the first expert of each token (colours compare within "
+                    "one panel only)", 6.6)}
 
 
 def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:

@@ -113,9 +113,9 @@ def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
 
 class Experts(torch.autograd.Function):
     """The definition without the loop, and with its backward pass written out, for two reasons: it
-    shows the coupling, the claim of this project, and it saves only x, a and b of the large
-    activations, where autograd would keep more for the same gradients. (The K copies of x are
-    gathered again: the idea of SonicMoE, arXiv 2512.14080.)
+    shows the coupling, and it saves only x, a and b of the large activations, where autograd would
+    keep more for the same gradients. (The backward pass gathers the K copies of x again: the idea
+    of SonicMoE, arXiv 2512.14080.)
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
     float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
@@ -126,8 +126,8 @@ class Experts(torch.autograd.Function):
 
     where P, Q are any sizes, and `rows` is ends[i - 1] (or 0) : ends[i].
 
-    Rows are gathered and never added from many threads into one place, whose order varies on a GPU:
-    the same call gives the same bits.
+    Rows are gathered and never added by many threads into one place, as the order of such sums
+    varies on a GPU: the same call gives the same bits.
 
     The gate multiplies h = silu(a) * b (H wide) and not the expert's output (C wide): the same
     result, and less work where H < C, as by default."""
@@ -186,8 +186,8 @@ def combine(rows: Tensor, inverse: Tensor) -> Tensor:
 def weight_gradient(d_out: Tensor, inputs: Tensor, ends: Tensor) -> Tensor:
     """d_out (N*K, P), inputs (N*K, Q) -> (E, P, Q): for each expert, d_out^T inputs on its rows."""
     gradient = grouped_mm(d_out.t(), inputs, offs=ends)
-    # an expert without rows is ordinary here, and grouped_mm may leave what lay in memory: reported
-    # in bfloat16 on B200 (pytorch issue 172439)
+    # an expert without rows is ordinary here, and grouped_mm may leave its gradient uninitialised:
+    # reported in bfloat16 on B200 (pytorch issue 172439)
     empty = ends.diff(prepend=ends.new_zeros(1)) == 0                    # (E)
     return gradient.masked_fill_(empty[:, None, None], 0.0)
 

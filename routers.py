@@ -64,7 +64,7 @@ class Router(nn.Module):
             return Routing(indices, gates, aux_loss, logits, scores)
 
     def start(self) -> None:
-        """Called once, when the model has drawn its weights: here nothing is left to draw."""
+        """Called once, after the weights are initialised: here nothing is left to initialise."""
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, C) -> logits (N, E), scores (N, E)."""
@@ -184,7 +184,7 @@ class AuxLossRouter(LearnedRouter):
 
 
 class LossFreeRouter(LearnedRouter):
-    """Linear logits, balanced by a bias and not by a loss (arXiv 2408.15664).
+    """Linear logits, balanced by a bias and not by a loss (arXiv 2408.15664). aux_loss is the z-loss.
 
         z, s, gates, z-loss              as LearnedRouter
         S = top-K of s + b               b never enters the gates
@@ -224,7 +224,7 @@ class KMeansRouter(Router):
         return self.centroids  # (E, C)
 
     def start(self) -> None:
-        """Random directions of length sqrt(C): they average outputs of RMSNorm, which begin so."""
+        """Random directions, as long as the RMSNorm outputs that they will average: sqrt(C)."""
         if not self.centroids.any():  # a derived class may have placed them in its __init__
             directions = F.normalize(torch.randn_like(self.centroids), dim=-1)  # (E, C)
             self.centroids.copy_(directions * self.config.n_embd ** 0.5)

@@ -587,14 +587,14 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
 
 def main(argv: list[str]) -> None:
     c, loaded = parse_args(argv)
-    code_of(c.router)  # of the files as they are now: you may edit them meanwhile
+    code_of(c.router)  # cached from here on, as the files may be edited meanwhile
     if c.bench:
         return bench(c)
     machine = set_up(c)
     data = open_data(c, machine, loaded[1]["sha256"] if loaded else None)
     with claim(Path(c.out_dir), c) if machine.master else nullcontext():
         model, optimizer, step, about = begin(c, loaded, data, machine)
-        del loaded  # on a GPU all is copied: the mapped file may go when it is replaced
+        del loaded  # it is mapped from ckpt.pt, which the first save replaces
         train(model, optimizer, step, about, data, machine, c)
     if machine.world_size > 1:  # together: one that leaves early can take gloo's threads down
         dist.barrier()
