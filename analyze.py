@@ -120,7 +120,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
 
 @torch.no_grad()
 def observe_layers(model, batches, loads: Tensor, shares: Tensor) -> tuple[Tensor, list[Layer]]:
-    """batches of idx and targets (B, T), loads (n_layer, E), shares (n_layer) of gradients ->
+    """batches of idx and targets (B, T), loads (n_layer, E), unrouted_gradient_share (n_layer) ->
     tokens (N), the layers."""
     tokens, layers = [], []
     with watch(model.routers()) as seen:
@@ -488,7 +488,8 @@ COLUMNS = {  # header: keys
     "alignment matched (mismatched)": ("alignment_matched", "alignment_mismatched"),
     "token information, bits (ceiling)": ("token_information", "expert_entropy"),
     "unrouted gradient share": ("unrouted_gradient_share",)}
-OTHER_TEXT = {"val_sha256", "block_size", "final_eval_tokens"}  # makes perplexities incomparable
+# where these differ, perplexities are of different texts
+OTHER_TEXT = {"val_sha256", "block_size", "final_eval_tokens"}
 ROUTER_STYLES = {  # colour (Okabe-Ito), line, marker: each tells them apart, in grey too
     "aux": ("#E69F00", "--", "s"), "lossfree": ("#0072B2", "-", "o"),
     "kmeans": ("#009E73", "-.", "^"), "none": ("#000000", ":", "D")}
@@ -916,7 +917,7 @@ def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[s
                     raise  # a bug, perhaps in a router of yours
                 warn(f"{source} is left out: {' '.join(str(error).split())}")  # on one line
                 continue
-            for name, metrics in found.items():  # the second of one name is called by its place
+            for name, metrics in found.items():  # a name that is taken gets its folder in front
                 place = source.parent if source.name == name else source
                 while name in runs:
                     name = f"{place}/{name}"

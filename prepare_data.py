@@ -15,6 +15,7 @@ import signal
 import sys
 import sysconfig
 import tempfile
+import traceback
 from collections import Counter
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -85,8 +86,6 @@ def open_corpus(dataset, glob, val_fraction, data_root):
     path = Path(os.path.expanduser(dataset))
     if glob and (dataset in DATASETS or not path.is_dir()):
         raise ValueError(f"--glob picks files inside a folder, but {dataset} is not a folder.")
-    if Path(glob or "*").is_absolute():
-        raise ValueError(f"--glob is relative to the folder, which {glob} is not.")
     if dataset == "fineweb-edu":
         return stream_fineweb_edu(val_fraction)
     if dataset in ("stdlib", "python"):
@@ -115,7 +114,11 @@ def find_files(root, glob, skip=frozenset()):
     """-> sorted Paths of the files below `root` that match, but for empty and hidden ones, those in
     folders named in `skip`, and token files."""
     found = []
-    for path in sorted(Path(root).rglob(glob)):
+    try:
+        paths = sorted(Path(root).rglob(glob))
+    except (ValueError, NotImplementedError) as error:  # an absolute one, or **.py
+        raise ValueError(f"--glob={glob} is no pattern for names in a folder: {error}.") from None
+    for path in paths:
         parts = path.relative_to(root).parts
         hidden = any(part.startswith(".") for part in parts)
         if hidden or skip & set(parts) or path.suffix == ".bin" or not path.is_file():
@@ -374,8 +377,10 @@ def cli(main):
     try:
         return main(sys.argv[1:])
     except (ValueError, OSError) as error:
-        if isinstance(error, ValueError) and not str(error).endswith("."):
-            raise  # no sentence of this project: a bug, perhaps in a router of yours
+        origin = traceback.extract_tb(error.__traceback__)[-1]
+        ours = Path(origin.filename).parent == Path(__file__).parent
+        if isinstance(error, ValueError) and not (ours and origin.line.startswith("raise")):
+            raise  # not raised by this project: a bug, perhaps in a router of yours
         sentence, code = error, 2
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

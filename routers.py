@@ -6,7 +6,7 @@ experts. Every router here is the same four verbs in the same order:
     score     how well does each expert fit each token?            (N, C) -> logits, scores (N, E)
     select    which K experts does the token go to?                scores (N, E) -> (N, K)
     gate      how much does each of the K count? (sums to 1)       logits (N, K) -> (N, K)
-    update    once after each optimizer step: move bias and centroids by what the step counted
+    update    once after each optimizer step: move bias and centroids by what was counted
 
 They differ in where the scores come from and in what keeps the load even:
 
@@ -40,7 +40,7 @@ class Router(nn.Module):
     """The order of the four verbs, and the count of what went where. A router of your own defines
     score(), gate() and `directions` (E, C), which the metrics read; the rest as needed.
 
-    `load` (E): tokens sent to each expert since the last update. In eval mode nothing counts."""
+    `load` (E): tokens sent to each expert since the last update. In eval mode nothing is counted."""
 
     def __init__(self, config):
         super().__init__()

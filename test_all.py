@@ -350,7 +350,6 @@ def test_centroids_of_an_own_router_start_as_those_of_kmeans_or_where_it_puts_th
 def test_num_params_counts_all_weights_and_those_one_token_uses():
     model = make_model(router="lossfree")
     total, active = model.num_params()
-    assert total == sum(p.numel() for p in model.parameters())
     assert total - active == 2 * 6 * 3 * 32 * 16  # layers, idle experts, matrices
     assert model.flops_per_token() == 6 * (
         2 * (4 * 32 * 32 + 2 * 3 * 32 * 16 + 8 * 32) + 64 * 32) + 6 * 2 * 16 * 32
@@ -363,13 +362,6 @@ def test_num_params_counts_all_weights_and_those_one_token_uses():
 def test_config_refuses_a_bad_value_and_names_its_field(change, field):
     with pytest.raises(ValueError, match=f"^{field} must be"):
         Config(**{**SMALL, **change})
-
-
-def test_directions_of_another_shape_are_refused_before_the_training(monkeypatch):
-    low_rank = type("LowRank", (ROUTERS["aux"],), {"directions": torch.ones(8, 4)})
-    monkeypatch.setitem(ROUTERS, "own", low_rank)
-    with pytest.raises(ValueError, match=r"must be \(n_expert, n_embd\) = \(8, 32\), not \(8, 4\)"):
-        make_model(router="own")
 
 
 # ---------------------------------------------------------------- learning
@@ -422,14 +414,23 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch():
         assert torch.allclose(states[0][name], states[1][name], atol=1e-6), name
 
 
-@pytest.mark.parametrize("device", DEVICES)
+def test_a_gradient_longer_than_grad_clip_is_scaled_to_it():
+    model = make_model(router="lossfree")
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    train.train_step(model, model.routers(), torch.optim.SGD(model.parameters(), lr=1.0),
+                     [tokens()], contextlib.nullcontext(), train.TrainConfig(grad_clip=0.125))
+    after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    assert (after - before).norm().item() == pytest.approx(0.125, rel=1e-4)
+
+
+@NEEDS_CUDA
 @pytest.mark.parametrize("router", ROUTERS)
-def test_two_runs_of_a_training_step_agree_to_the_last_bit(router, device):
-    """On CUDA at this size: attention's own backward pass adds atomically over long sequences."""
+def test_two_runs_of_a_training_step_agree_to_the_last_bit(router):
+    """At this size: attention's own backward pass adds atomically over long sequences."""
     states = []
     for _ in range(2):
-        model, step = trainer(router, device)
-        step(tokens(device=device), tokens(seed=2, device=device))
+        model, step = trainer(router, "cuda")
+        step(tokens(device="cuda"), tokens(seed=2, device="cuda"))
         states.append(model.state_dict())
     assert same_state(*states)
 
@@ -601,9 +602,22 @@ def test_the_coupling_that_is_logged_is_the_rank_correlation_of_score_and_activa
     assert coupling[1].item() == pytest.approx(expected.item(), abs=1e-6)
 
 
+class NoisyRouter(ROUTERS["kmeans"]):
+    """It draws noise, in evaluations, too, and never takes the first expert."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("mask", torch.tensor([-math.inf] + [0.0] * (config.n_expert - 1)))
+
+    def select(self, scores):
+        return super().select(scores + torch.rand_like(scores) + self.mask)
+
+
+@pytest.mark.parametrize("router", ["kmeans", "noisy"])
 def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupted_one(
-        workdir, monkeypatch, capsys):
-    run_train("--out_dir=out/whole")
+        router, workdir, monkeypatch, capsys):
+    monkeypatch.setitem(ROUTERS, "noisy", NoisyRouter)
+    run_train(f"--router={router}", "--out_dir=out/whole")
     learning_rate = train.learning_rate
 
     def interrupt(step, c):  # Ctrl-C in step 4, which no evaluation follows
@@ -614,7 +628,7 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
     monkeypatch.setattr(train, "learning_rate", interrupt)
     # Ctrl-C reaches the tee of `2>&1 | tee`, too: nobody reads what is said
     monkeypatch.setattr(os, "write", mock.Mock(side_effect=BrokenPipeError))
-    run_train("--out_dir=out/a")
+    run_train(f"--router={router}", "--out_dir=out/a")
     os.write.assert_called_once_with(2, b"\nstopping after this step\n")
     assert (f"stopped and saved at step 4; go on with: python {ROOT}/train.py --out_dir=out/a "
             "--resume") in capsys.readouterr().out
@@ -670,17 +684,6 @@ def test_a_run_knows_the_code_of_its_own_router_and_of_no_other(tmp_path, monkey
     assert code_of("aux")["code"] != first["code"]
 
 
-class NoisyRouter(ROUTERS["kmeans"]):
-    """It draws noise, in evaluations, too, and never takes the first expert."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.register_buffer("mask", torch.tensor([-math.inf] + [0.0] * (config.n_expert - 1)))
-
-    def select(self, scores):
-        return super().select(scores + torch.rand_like(scores) + self.mask)
-
-
 def test_what_a_router_draws_at_random_in_evaluations_changes_nothing_in_the_training(
         workdir, monkeypatch):
     monkeypatch.setitem(ROUTERS, "noisy", NoisyRouter)
@@ -731,23 +734,20 @@ def test_what_is_not_finite_stops_the_run_and_never_replaces_a_good_checkpoint(
 
     def explode(model, *args):  # a loss may be fine, and the step that it led to not
         if name:
-            model.state_dict()[name][0] = math.inf
+            model.state_dict()[name][0] = math.nan
         signal.raise_signal(signal.SIGTERM)  # a request to save in that very step
         return torch.tensor([loss, 0.0])
 
     monkeypatch.setattr(train, "train_step", explode)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(ValueError, match="not finite at step 4; .* is out/a/ckpt.pt"):
-        resume("--max_iters=4")
+        resume("--max_iters=9")  # no evaluation follows step 4
     assert checkpoint_of("out/a")["step"] == 3
     assert signal.getsignal(signal.SIGINT) is handler  # a notebook can be interrupted again
 
 
-def test_a_loss_whose_exponential_overflows_is_no_reason_to_stop(workdir, monkeypatch):
-    validate = train.validate
-    monkeypatch.setattr(train, "validate", lambda *args: (1000.0, 1, validate(*args)[2]))
-    run_train("--out_dir=out/a", "--max_iters=1")
-    assert math.isfinite(read_log("out/a")[-1]["perplexity"])
+def test_a_loss_whose_exponential_overflows_is_no_reason_to_stop():
+    assert math.isfinite(model.perplexity(1000.0))
 
 
 def test_a_tilde_in_out_dir_is_the_home_folder(workdir, monkeypatch):
@@ -885,14 +885,24 @@ def run_script(name, *flags, cwd="."):
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-@pytest.mark.parametrize("error, words", [
-    (MemoryError(), "not enough memory"), (torch.OutOfMemoryError("CUDA out of memory. Tried"),
-    "not enough memory"), (RuntimeError("shapes"), None),
-    (ValueError("x must be positive."), "x must be positive."),
-    (ValueError("too many values to unpack (expected 2)"), None)])  # as in a router of yours
-def test_too_little_memory_is_a_sentence_and_a_bug_is_not(error, words, capsys):
-    with pytest.raises(SystemExit if words else type(error)):
-        prepare_data.cli(mock.Mock(side_effect=error))
+def refuse(argv):
+    raise ValueError("x must be positive.")
+
+
+def bug_here(argv):
+    _, _ = [argv]
+
+
+@pytest.mark.parametrize("main, words", [
+    (mock.Mock(side_effect=MemoryError()), "not enough memory"),
+    (mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried")), "not enough memory"),
+    (refuse, "x must be positive."), (bug_here, None),
+    (lambda argv: torch.optim.AdamW([torch.zeros(1)], betas=(2, 2)), None),
+    (lambda argv: np.array([[1, 2], [3]]), None)])  # as in a router of yours
+def test_a_mistake_and_too_little_memory_are_a_sentence_and_a_bug_keeps_its_traceback(
+        main, words, capsys):
+    with pytest.raises(SystemExit if words else ValueError):
+        prepare_data.cli(main)
     assert (words or "") in capsys.readouterr().err
 
 
@@ -918,6 +928,7 @@ def test_too_little_memory_is_a_sentence_and_a_bug_is_not(error, words, capsys):
     ("prepare_data --name=../x", "another --name"),
     ("prepare_data --name=python", "another --name"),
     ("prepare_data --dataset=data --glob=*.zzz", "holds no text file that matches *.zzz"),
+    ("prepare_data --dataset=data --glob=/*", "--glob=/* is no pattern for names in a folder"),
     ("analyze", "there is no run in out/"), ("analyze nowhere", "no run is left"),
     ("analyze --tokens=0", "--tokens must be positive"),
     ("analyze --device=abacus", "not a device"), ("analyze x --out_dir=/proc/x", "/proc/x"),
@@ -1341,7 +1352,7 @@ def test_coupling_by_rank_falls_where_activation_follows_the_score_and_is_flat_w
     torch.manual_seed(0)
     scores = torch.rand(2000, 4)
     # the k-th largest of 4 uniform numbers is (5 - k) / 5 on average, relative to the mean 1/2
-    assert analyze.coupling_by_rank(scores, 3 * scores).tolist() == pytest.approx(
+    assert analyze.coupling_by_rank(scores, 0.01 * scores).tolist() == pytest.approx(
         [1.6, 1.2, 0.8, 0.4], abs=0.03)
     strong = torch.tensor([1.0, 10, 100, 5]).expand(2000, 4)  # but for every token alike
     assert analyze.coupling_by_rank(scores, strong).tolist() == pytest.approx([1] * 4)

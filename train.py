@@ -40,8 +40,8 @@ from routers import update_routers
 
 # ---------------------------------------------------------------- settings
 
-# What a built-in router does not read it refuses: kmeans with --score_fn=sigmoid would pass for a
-# result about sigmoid scores. One of your own may read anything
+# A built-in router refuses settings that it does not read: kmeans with --score_fn=sigmoid would
+# pass for a result about sigmoid scores. Your own may read any
 IGNORED = {
     "aux": ("bias_update_rate", "ema_decay", "gate_temperature"),
     "lossfree": ("aux_loss_coef", "ema_decay", "gate_temperature"),
@@ -478,7 +478,7 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
         model, checkpoint = loaded
         optimizer = make_optimizer(model.to(machine.device), c)
         optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"])  # for the sample at the end: batches do not need it
+        torch.set_rng_state(checkpoint["rng"])  # for a router that draws noise, and the sample
         step = checkpoint["step"]
         # the log forgets what came after the checkpoint
         records = [record for record in read_log(out_dir / "log.jsonl") if record["step"] <= step]
@@ -512,7 +512,7 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
     log_path, checkpoint_path = Path(c.out_dir, "log.jsonl"), Path(c.out_dir, "ckpt.pt")
     model = compiled(raw_model) if c.compile else raw_model
     if world_size > 1:
-        # broadcast_buffers=False: update_routers sums the statistics that the ranks have counted.
+        # broadcast_buffers=False: update_routers keeps them equal on all ranks.
         # bucket_cap_mb: the compiler cuts its graph where a bucket ends; 220 hold a layer of 1b
         model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=220)
 
@@ -594,7 +594,7 @@ def main(argv: list[str]) -> None:
     data = open_data(c, machine, loaded[1]["sha256"] if loaded else None)
     with claim(Path(c.out_dir), c) if machine.master else nullcontext():
         model, optimizer, step, about = begin(c, loaded, data, machine)
-        del loaded  # it is mapped from ckpt.pt, which the first save replaces
+        del loaded  # it is memory-mapped from ckpt.pt, which the first save replaces
         train(model, optimizer, step, about, data, machine, c)
     if machine.world_size > 1:  # together: one that leaves early can take gloo's threads down
         dist.barrier()
