@@ -33,14 +33,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, code_of, expert_activations, expert_colors, load_balance, load_checkpoint,
-    perplexity, read_log, router_cosines, router_similarity, spearman, validate, watch)
+    INCIDENTAL, code_hash, code_of, expert_activations, expert_colors, load_balance,
+    load_checkpoint, perplexity, read_log, router_cosines, router_similarity, spearman, validate,
+    watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_tokenizer, lock, open_corpus, open_dataset,
     out_of_memory, printable, replacing, visible)
 
 WIDTH = 70  # characters in a line of experts.png
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
+MEASURED_BY = {"measured_by": code_hash("analyze", "model", "routers", "prepare_data")}
 
 
 def warn(sentence: str) -> None:
@@ -101,7 +103,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     # runs are averaged over seeds only if all of this is equal. A field that is newer than the run
     # has its default, as in the model
     code = {key: checkpoint[key] for key in ("code", "router_code")}
-    settings = vars(c) | config | code | {
+    settings = vars(c) | config | code | MEASURED_BY | {
         "history": ", ".join(history) or "none",
         "data_sha256": checkpoint["sha256"]["train.bin"][:12],
         "val_sha256": checkpoint["sha256"]["val.bin"][:12]}
@@ -299,7 +301,7 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
         "router": c.model_type, "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
         "dtype": str(model.dtype).removeprefix("torch."), "n_embd": C, "n_expert": E, "top_k": K,
         "d_expert": H, "block_size": ids.shape[1] - 1,
-        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12]}
+        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12]} | MEASURED_BY
     about = {"router": c.model_type, "seed": None, "step": None, "settings": settings, "log": [],
              "perplexity": perplexity(loss / len(tokens)), "val_tokens": len(tokens),
              "edited": False}
@@ -602,8 +604,8 @@ def paired_differences(groups: list[Group]) -> list[str]:
     for earlier, later in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in later.runs for y in earlier.runs
                  if x["seed"] == y["seed"]]
-        # a router of your own is a name and its code
-        different = differing([later, earlier]).keys() - {"router_code"}
+        # a router of your own is a name and its code; perplexity is not measured here
+        different = differing([later, earlier]).keys() - {"router_code", "measured_by"}
         if len(pairs) > 1 and len(different) <= 1 and not different & OTHER_TEXT:
             percent = [100 * (x / y - 1) for x, y in pairs]
             error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
@@ -873,7 +875,7 @@ def read_metrics(path: Path) -> dict[str, dict]:
     try:
         runs = json.loads(path.read_text())
         for run in runs.values():
-            run["settings"], run["edited"]  # KeyError if it is missing
+            run["edited"], run["settings"]["measured_by"]  # KeyError if it is missing
         return runs
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None

@@ -505,16 +505,19 @@ def router_class(name: str) -> type | None:
 
 
 @cache  # as the files were when a run began: they may be edited while it trains
-def code_of(router: str) -> dict[str, str]:
-    """12 digits of the SHA-256 of the code that gives a run its numbers: this project's, and that
-    of your own router."""
-    def digest(*names):
-        paths = [Path(__file__).with_name(f"{name}.py") for name in names]
-        code = b"".join(path.read_bytes() for path in paths if path.exists())
-        return hashlib.sha256(code).hexdigest()[:12]
+def code_hash(*names: str) -> str:
+    """-> 12 digits of the SHA-256 of the modules of these names that lie beside this file."""
+    paths = [Path(__file__).with_name(f"{name}.py") for name in names]
+    code = b"".join(path.read_bytes() for path in paths if path.exists())
+    return hashlib.sha256(code).hexdigest()[:12]
 
-    return {"code": digest("model", "routers", "prepare_data", "train"),
-            "router_code": digest(router)}
+
+def code_of(router: str) -> dict[str, str]:
+    """Hashes of the code that gives a run its numbers: this project's, and that of your own router,
+    with its base classes."""
+    own = {router} | {cls.__module__ for cls in ROUTERS[router].__mro__} - {"routers"}
+    return {"code": code_hash("model", "routers", "prepare_data", "train"),
+            "router_code": code_hash(*sorted(own))}
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:

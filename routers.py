@@ -40,7 +40,7 @@ class Router(nn.Module):
     """The order of the four verbs, and the count of what went where. A router of your own defines
     score(), gate() and `directions` (E, C), which the metrics read; the rest as needed.
 
-    `load` (E): tokens sent to each expert since the last update. In eval mode nothing is counted."""
+    `load` (E): tokens sent to each expert since the last update, but in eval mode."""
 
     def __init__(self, config):
         super().__init__()
@@ -64,7 +64,7 @@ class Router(nn.Module):
             return Routing(indices, gates, aux_loss, logits, scores)
 
     def start(self) -> None:
-        """Called once, after the weights are initialised: here nothing is left to initialise."""
+        """Called once, when all matrices have been drawn from normal(0, 0.02): set others here."""
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, C) -> logits (N, E), scores (N, E)."""
@@ -184,9 +184,10 @@ class AuxLossRouter(LearnedRouter):
 
 
 class LossFreeRouter(LearnedRouter):
-    """Linear logits, balanced by a bias and not by a loss (arXiv 2408.15664). aux_loss is the z-loss.
+    """Linear logits, balanced by a bias and not by a loss (arXiv 2408.15664).
 
-        z, s, gates, z-loss              as LearnedRouter
+        z, s, gates                      as LearnedRouter
+        aux_loss                         as LearnedRouter: the z-loss, if any
         S = top-K of s + b               b never enters the gates
         b_i += bias_update_rate * sign(mean(load) - load_i)      after each step"""
 

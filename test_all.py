@@ -671,17 +671,23 @@ def test_a_run_that_goes_on_with_edited_code_says_so_and_is_another_experiment(
     assert ", edited (a-2)" in printed and "over seeds" not in printed
 
 
-def test_a_run_knows_the_code_of_its_own_router_and_of_no_other(tmp_path, monkeypatch):
-    for name in ("model", "routers", "prepare_data", "train"):
+def test_a_run_knows_the_code_of_its_own_router_and_base_classes_and_of_no_other(
+        tmp_path, monkeypatch):
+    for name in ("model", "routers", "prepare_data", "train", "base", "mine", "other"):
         (tmp_path / f"{name}.py").write_text(name)
+    base = type("Base", (ROUTERS["aux"],), {"__module__": "base"})
+    monkeypatch.setitem(ROUTERS, "mine", type("Mine", (base,), {"__module__": "mine"}))
     monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
-    code_of = model.code_of.__wrapped__
-    first = code_of("aux")
-    (tmp_path / "mine.py").write_text("# a router of my own")
-    assert code_of("aux") == first and code_of("mine")["code"] == first["code"]
-    assert code_of("mine")["router_code"] != first["router_code"]
-    (tmp_path / "train.py").write_text("edited")
-    assert code_of("aux")["code"] != first["code"]
+    monkeypatch.setattr(model, "code_hash", model.code_hash.__wrapped__)
+    before = model.code_of("aux"), model.code_of("mine")
+    assert before[0]["code"] == before[1]["code"]
+    assert before[0]["router_code"] != before[1]["router_code"]
+    for edited, changes in (("other", [0, 0, 0, 0]), ("mine", [0, 0, 0, 1]), ("base", [0, 0, 0, 1]),
+                            ("train", [1, 0, 1, 0])):
+        (tmp_path / f"{edited}.py").write_text("edited")
+        after = model.code_of("aux"), model.code_of("mine")
+        assert changes == [old[key] != new[key] for old, new in zip(before, after) for key in old]
+        before = after
 
 
 def test_what_a_router_draws_at_random_in_evaluations_changes_nothing_in_the_training(
@@ -692,6 +698,31 @@ def test_what_a_router_draws_at_random_in_evaluations_changes_nothing_in_the_tra
         run_train("--router=noisy", f"--eval_interval={interval}", f"--out_dir=out/{interval}")
         losses.append([record["train_loss"] for record in read_log(f"out/{interval}")])
     assert losses[0] == losses[1]
+
+
+def test_a_router_gets_the_same_config_in_a_training_as_from_a_checkpoint(workdir, monkeypatch):
+    class Own(ROUTERS["aux"]):
+        def __init__(self, config):
+            super().__init__(config)
+            seen.append(type(config))
+    seen = []
+    monkeypatch.setitem(ROUTERS, "own", Own)
+    run_train("--router=own", "--out_dir=out/a", "--max_iters=1")
+    load_checkpoint("out/a/ckpt.pt")
+    assert seen == [Config] * 4  # two layers, twice
+
+
+def test_a_resume_is_refused_if_another_has_gone_on_since_it_read_the_checkpoint(
+        workdir, monkeypatch):
+    run_train("--out_dir=out/a", "--max_iters=3")
+
+    def slow(*args, open_data=train.open_data):
+        monkeypatch.setattr(train, "open_data", open_data)
+        resume("--max_iters=6")
+        return open_data(*args)
+
+    monkeypatch.setattr(train, "open_data", slow)
+    assert "another process has gone on with out/a meanwhile" in refusal(resume, "--max_iters=6")
 
 
 def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(workdir):
@@ -895,7 +926,7 @@ def bug_here(argv):
 
 @pytest.mark.parametrize("main, words", [
     (mock.Mock(side_effect=MemoryError()), "not enough memory"),
-    (mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried")), "not enough memory"),
+    (mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")), "not enough memory"),
     (refuse, "x must be positive."), (bug_here, None),
     (lambda argv: torch.optim.AdamW([torch.zeros(1)], betas=(2, 2)), None),
     (lambda argv: np.array([[1, 2], [3]]), None)])  # as in a router of yours
@@ -944,7 +975,7 @@ def test_a_users_mistake_is_a_sentence_and_exit_code_2_and_leaves_no_run(command
 
 
 @pytest.mark.parametrize("flag, words", [
-    ("--max_iters=6", "has done all its 6 steps; pass a larger --max_iters"),
+    ("--max_iters=6", "has done 6 steps of 6; pass a larger --max_iters"),
     ("--n_layer=3", "n_layer = 2"), ("--weight_decay=0.9 --max_iters=9", "weight_decay = 0.1"),
     ("--overwrite", "overwrite must be left out with --resume")])
 def test_resume_refuses_what_would_make_it_another_run(flag, words, workdir):
@@ -961,7 +992,7 @@ def test_resume_refuses_data_that_were_prepared_from_another_corpus(workdir):
 
 
 def test_a_folder_that_holds_a_run_or_is_in_use_by_one_is_refused(workdir):
-    with train.claim(Path("out/a"), train.TrainConfig()):
+    with train.claim(Path("out/a"), None, train.TrainConfig()):
         assert "another process writes to out/a right now" in refusal(
             run_train, "--out_dir=out/a")
     with pytest.raises(ValueError, match="not finite") as kept:  # as a notebook keeps its error
@@ -1413,8 +1444,8 @@ def a_run(perplexity=4.0, seed=1, step=6, tokens=64, **settings):
     """What metrics.json says of a run, as far as the tables need it."""
     settings = {"router": "aux", "seed": seed, "max_iters": 6, "top_k": 2, "z_loss_coef": 0.0,
                 "data_sha256": "a", "val_sha256": "a", "code": "a", "router_code": "a",
-                "block_size": 16, "eval_tokens": 64, "history": "none", "out_dir": f"out/{seed}"
-                } | settings
+                "measured_by": "a", "block_size": 16, "eval_tokens": 64, "history": "none",
+                "out_dir": f"out/{seed}"} | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
             "tokens": tokens, "settings": settings}
 
@@ -1430,8 +1461,9 @@ def test_runs_of_one_name_that_differ_in_the_seed_alone_are_one_group_and_no_cop
 
 
 @pytest.mark.parametrize("change", [
-    {"data_sha256": "b"}, {"code": "b"}, {"step": 3}, {"top_k": 4}, {"tokens": 4096},
-    {"val_sha256": "b"}, {"eval_tokens": 32}, {"history": "max_iters was 3 to step 3"}])
+    {"data_sha256": "b"}, {"code": "b"}, {"measured_by": "b"}, {"step": 3}, {"top_k": 4},
+    {"tokens": 4096}, {"val_sha256": "b"}, {"eval_tokens": 32},
+    {"history": "max_iters was 3 to step 3"}])
 def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(change):
     groups = analyze.group_runs({"aux-1": a_run(), "aux-2": a_run(seed=2, **change)})
     assert [group.label for group in groups] == ["aux-1", "aux-2"]  # not both `aux`

@@ -89,7 +89,7 @@ class TrainConfig(Config):
                    "auto, float32 or bfloat16")
         # the shape check of grouped_mm under torch.compile takes bfloat16 alone (torch 2.13)
         self.check(not (self.compile and self.dtype == "float32"), "dtype",
-                   "bfloat16 with --compile")
+                   "bfloat16 with --compile (or pass --no-compile)")
         self.check(not (self.resume and self.overwrite), "overwrite", "left out with --resume")
         for name in IGNORED.get(self.router, ()):
             default = getattr(Config, name)
@@ -157,8 +157,8 @@ def check_resume(checkpoint: dict, c: TrainConfig) -> None:
             raise ValueError(f"the run in {c.out_dir} was trained with {name} = {old[name]!r} and "
                              f"cannot go on with {getattr(c, name)!r}; start another one.")
     if checkpoint["step"] >= c.max_iters:
-        raise ValueError(f"the run in {c.out_dir} has done all its {checkpoint['step']} steps; "
-                         "pass a larger --max_iters to go on.")
+        raise ValueError(f"the run in {c.out_dir} has done {checkpoint['step']} steps of "
+                         f"{c.max_iters}; pass a larger --max_iters to go on.")
 
 
 # ---------------------------------------------------------------- the machine
@@ -197,6 +197,14 @@ def set_up(c: TrainConfig) -> Machine:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Machine(device, torch.bfloat16 if bfloat16 else torch.float32,
                    torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), rank, world_size)
+
+
+def make_model(c: TrainConfig, device: torch.device) -> SMoETransformer:
+    """The weights depend on the seed alone. The model gets the fields of Config and no others, as
+    load_checkpoint gives it."""
+    torch.manual_seed(c.seed)
+    return SMoETransformer(Config(**{
+        field.name: getattr(c, field.name) for field in fields(Config)})).to(device)
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
@@ -283,9 +291,10 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
 
 # ---------------------------------------------------------------- the files of a run
 
-def claim(out_dir: Path, c: TrainConfig):
+def claim(out_dir: Path, loaded: tuple | None, c: TrainConfig):
     """-> a locked file: until it is closed, no other run can be in out_dir. Raises ValueError if
-    one is in it, or, without --resume or --overwrite, has been in it."""
+    one is in it, or, without --resume or --overwrite, has been in it, or, with --resume, has gone
+    on since its checkpoint was loaded."""
     names = [name for name in ("ckpt.pt", "log.jsonl") if (out_dir / name).exists()]
     if names and not (c.resume or c.overwrite):
         go_on = "--resume to go on with it, " if "ckpt.pt" in names else ""
@@ -295,6 +304,8 @@ def claim(out_dir: Path, c: TrainConfig):
         raise ValueError(f"{out_dir} holds the folders of other runs; name one for this run.")
     out_dir.mkdir(parents=True, exist_ok=True)
     file = lock(out_dir)  # before the folder is renamed: a run may be in it
+    if loaded and torch.load(out_dir / "ckpt.pt", mmap=True)["step"] != loaded[1]["step"]:
+        raise ValueError(f"another process has gone on with {out_dir} meanwhile; start again.")
     if names and c.overwrite:
         old = free_path(out_dir.parent, f"{out_dir.name}.old")
         out_dir.rename(old)  # the lock goes along
@@ -386,8 +397,7 @@ def bench(c: TrainConfig) -> None:
         return Timer("function()", globals={"function": function},
                      num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=3).median
 
-    torch.manual_seed(c.seed)
-    model = SMoETransformer(c).to(device)
+    model = make_model(c, device)
     run = compiled(model) if c.compile else model
     optimizer = make_optimizer(model, c)
     size = (c.gradient_accumulation_steps, 2, c.batch_size, c.block_size)
@@ -454,7 +464,7 @@ def finish(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
               f"{'-' * 80}")
     collapsed = (c.n_expert / c.top_k - 1) ** 0.5  # the CV where K experts share all tokens
     print(f"validation perplexity {metrics['perplexity']:.3f} a token "
-          f"({metrics['val_loss']:.3f} nats)")
+          f"({metrics['val_loss']:.3f} nats), on {metrics['val_tokens']:,} tokens")
     print(f"load CV {c.n_expert * metrics['load_std']:.3f} (even load: 0, all tokens to {c.top_k} "
           f"experts: {collapsed:.3f})")
     print(f"the run lies in {c.out_dir}; next: "
@@ -473,7 +483,6 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
     -> (model, optimizer, step, what describe() says of it)."""
     out_dir = Path(c.out_dir)
     about = describe(c, machine.dtype, data)
-    torch.manual_seed(c.seed)  # the same weights on every rank
     if loaded:
         model, checkpoint = loaded
         optimizer = make_optimizer(model.to(machine.device), c)
@@ -494,7 +503,7 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
             print(f"{' and '.join(what for _, what, _ in changes)} changed since step {step}; the "
                   f"checkpoint as it was is kept as {out_dir}/ckpt-{step}.pt.")
     else:
-        model = SMoETransformer(c).to(machine.device)
+        model = make_model(c, machine.device)  # the same on every rank
         optimizer = make_optimizer(model, c)
         step = 0
         metrics, _ = evaluate(model, data, c.eval_tokens, machine, c)
@@ -592,7 +601,7 @@ def main(argv: list[str]) -> None:
         return bench(c)
     machine = set_up(c)
     data = open_data(c, machine, loaded[1]["sha256"] if loaded else None)
-    with claim(Path(c.out_dir), c) if machine.master else nullcontext():
+    with claim(Path(c.out_dir), loaded, c) if machine.master else nullcontext():
         model, optimizer, step, about = begin(c, loaded, data, machine)
         del loaded  # it is memory-mapped from ckpt.pt, which the first save replaces
         train(model, optimizer, step, about, data, machine, c)
