@@ -37,8 +37,8 @@ from model import (
     load_checkpoint, perplexity, read_log, router_cosines, router_similarity, spearman, validate,
     watch)
 from prepare_data import (
-    Parser, cli, eval_batches, free_path, get_tokenizer, lock, open_corpus, open_dataset,
-    out_of_memory, printable, replacing, visible)
+    Parser, cli, eval_batches, free_path, get_tokenizer, lock, mistake, open_corpus, open_dataset,
+    printable, replacing, visible)
 
 WIDTH = 70  # characters in a line of experts.png
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
@@ -914,10 +914,10 @@ def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[s
         for source in sources:
             try:
                 found = read_or_measure(source, args)
-            except (ValueError, OSError, RuntimeError, MemoryError) as error:
-                if isinstance(error, RuntimeError) and not out_of_memory(error):
-                    raise  # a bug, perhaps in a router of yours
-                warn(f"{source} is left out: {' '.join(str(error).split())}")  # on one line
+            except Exception as error:
+                if not (sentence := mistake(error)):
+                    raise
+                warn(f"{source} is left out: {sentence}")
                 continue
             for name, metrics in found.items():  # a name that is taken gets its folder in front
                 place = source.parent if source.name == name else source

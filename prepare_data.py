@@ -376,24 +376,27 @@ def cli(main):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as well
     try:
         return main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        origin = traceback.extract_tb(error.__traceback__)[-1]
-        ours = Path(origin.filename).parent == Path(__file__).parent
-        if isinstance(error, ValueError) and not (ours and origin.line.startswith("raise")):
-            raise  # not raised by this project: a bug, perhaps in a router of yours
-        sentence, code = error, 2
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        sentence, code = "not enough memory; make the model or the batch smaller.", 2
     except KeyboardInterrupt:
         sentence, code = "interrupted.", 130
+    except Exception as error:
+        sentence, code = mistake(error), 2
+        if not sentence:
+            raise
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     sys.exit(code)
 
 
-def out_of_memory(error):
-    return isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error))
+def mistake(error):
+    """-> the sentence for the user. None: it is a bug, perhaps in a router of yours, and is to keep
+    its traceback; so is a ValueError that no `raise` of this project's files has raised."""
+    if isinstance(error, MemoryError) or (  # torch has no class for both CPU and GPU
+            isinstance(error, RuntimeError) and re.search("(out of|allocate) memory", str(error))):
+        return "not enough memory; a smaller model or batch needs less."
+    origin = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(origin.filename).parent == Path(__file__).parent
+    if isinstance(error, OSError) or (
+            isinstance(error, ValueError) and ours and origin.line.startswith("raise")):
+        return " ".join(str(error).split())  # on one line
 
 
 @contextmanager

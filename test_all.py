@@ -929,7 +929,7 @@ def bug_here(argv):
     (mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")), "not enough memory"),
     (refuse, "x must be positive."), (bug_here, None),
     (lambda argv: torch.optim.AdamW([torch.zeros(1)], betas=(2, 2)), None),
-    (lambda argv: np.array([[1, 2], [3]]), None)])  # as in a router of yours
+    (lambda argv: np.array([[1, 2], [3]]), None)])  # a sentence, too, as of a router of yours
 def test_a_mistake_and_too_little_memory_are_a_sentence_and_a_bug_keeps_its_traceback(
         main, words, capsys):
     with pytest.raises(SystemExit if words else ValueError):
