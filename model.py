@@ -574,6 +574,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--layer", type=int, help="whose experts (default: the middle layer)")
     args = parser.parse_args(argv)
     model, checkpoint = load_checkpoint(Path(os.path.expanduser(args.run), "ckpt.pt"))
+    if any(checkpoint[key] != now for key, now in code_of(model.config.router).items()):
+        print(f"{args.run} was trained before the code was edited.", file=sys.stderr)
     layer = model.config.n_layer // 2 if args.layer is None else args.layer
     if not 0 <= layer < model.config.n_layer:
         raise ValueError(f"--layer must be from 0 to {model.config.n_layer - 1}, not {layer}.")

@@ -423,15 +423,18 @@ def free_path(folder, stem, suffix=""):
 def lock(folder):
     """-> the locked file folder/lock: while it is open, no other process gets it. ValueError: one
     has it."""
-    file = open(folder / "lock", "a")
     try:
         import fcntl
+    except ImportError:  # Windows, which would not let a folder with an open file be renamed
+        return open(os.devnull)
+    file = open(folder / "lock", "a")
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
     except BlockingIOError:
         raise ValueError(f"another process writes to {folder} right now; wait for its end, or name "
                          "another --out_dir.") from None
-    except (ImportError, OSError):
-        pass  # Windows and some network disks have no such lock
+    except OSError:
+        pass  # some network disks have no such lock
     return file
 
 

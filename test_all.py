@@ -740,8 +740,38 @@ train.main(["--out_dir=out/a", "--resume", "--max_iters=6"])""")
     assert checkpoint_of("out/a")["step"] == 6
 
 
-def test_a_full_disk_gets_one_sentence_with_a_path_and_leaves_the_last_checkpoint(
+def test_a_kill_in_the_last_evaluation_loses_no_step(workdir, monkeypatch):
+    def killed(*args, evaluate=train.evaluate):
+        if Path("out/a/log.jsonl").exists():
+            raise SystemError
+        return evaluate(*args)
+    monkeypatch.setattr(train, "evaluate", killed)
+    with pytest.raises(SystemError):
+        run_train("--out_dir=out/a", "--max_iters=2")
+    checkpoint = checkpoint_of("out/a")
+    assert checkpoint["step"] == 2 and checkpoint["evaluation"] is None  # analyze.py evaluates it
+
+
+def test_where_there_is_no_lock_as_on_windows_a_run_trains_and_is_renamed_as_well(
         workdir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    for flags in ([], ["--overwrite"]):
+        run_train("--out_dir=out/a", "--max_iters=1", *flags)
+    assert sorted(os.listdir("out/a")) == sorted(os.listdir("out/a.old1")) == [
+        "ckpt.pt", "log.jsonl"]
+
+
+def test_a_resumed_run_holds_nothing_of_the_file_that_it_will_replace(workdir):
+    run_train("--out_dir=out/a", "--max_iters=3")
+    c, loaded = train.parse_args(["--out_dir=out/a", "--resume", "--max_iters=6"])
+    machine = train.set_up(c)
+    state = train.begin(c, loaded, train.open_data(c, machine, None), machine)
+    del loaded
+    assert "ckpt.pt" not in Path("/proc/self/maps").read_text() and state
+
+
+def test_a_full_disk_gets_one_sentence_with_a_path_and_leaves_the_last_checkpoint(
+        workdir, monkeypatch, capsys):
     run_train("--out_dir=out/a", "--max_iters=3")
 
     def full(state, path):
@@ -753,8 +783,8 @@ def test_a_full_disk_gets_one_sentence_with_a_path_and_leaves_the_last_checkpoin
         resume("--max_iters=6")
     assert checkpoint_of("out/a")["step"] == 3
     assert not list(Path("out/a").glob("*.tmp"))
-    with pytest.raises(OSError, match="^/dev/full could not be written .No space left"):
-        train.append({}, Path("/dev/full"))
+    train.append({"step": 7}, Path("/dev/full"))
+    assert capsys.readouterr().err == "/dev/full lacks step 7 (No space left on device).\n"
 
 
 @pytest.mark.parametrize("loss, name", [
@@ -800,8 +830,11 @@ def test_overwrite_keeps_what_it_replaces_under_another_name(workdir):
 def test_the_model_of_a_run_writes_and_in_a_pipe_its_text_is_plain(workdir, monkeypatch, capsys):
     run_train("--out_dir=out/a")
     capsys.readouterr()
+    monkeypatch.setattr(model, "code_of", lambda router: {"code": "edited"})
     model.main(["out/a", "--start=7 is ", "--tokens=9"])
-    assert re.fullmatch(r"7 is  \| [^\033]+\n", capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"7 is  \| [^\033]+\n", printed.out)
+    assert printed.err == "out/a was trained before the code was edited.\n"
 
 
 def test_on_a_terminal_each_token_stands_on_the_colour_of_its_expert(workdir, monkeypatch, capsys):

@@ -9,6 +9,7 @@
 Every field of TrainConfig below is a flag: --name=value. A run writes out/<run>/log.jsonl and
 out/<run>/ckpt.pt; Ctrl-C and SIGTERM finish the step and save."""
 import argparse
+import copy
 import inspect
 import json
 import math
@@ -17,6 +18,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
@@ -334,8 +336,8 @@ def append(record: dict, log: Path) -> None:
     try:
         with open(log, "a") as file:
             file.write(json.dumps(record) + "\n")
-    except OSError as error:  # that of a full disk does not name the file
-        raise OSError(f"{log} could not be written ({error.strerror}).") from error
+    except OSError as error:  # a line of a log is not worth a run
+        print(f"{log} lacks step {record['step']} ({error.strerror}).", file=sys.stderr)
 
 
 def describe(c: TrainConfig, dtype: torch.dtype, data) -> dict:
@@ -349,7 +351,7 @@ def describe(c: TrainConfig, dtype: torch.dtype, data) -> dict:
 
 def save_checkpoint(path: Path, about: dict, model, optimizer, step: int,
                     evaluation: dict | None) -> None:
-    """`evaluation`: the last one, metrics and load (n_layer, E); None until all steps are done."""
+    """`evaluation`: the last one, metrics and load (n_layer, E); None before it."""
     state = about | dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                          evaluation=evaluation, rng=torch.get_rng_state())
     with replacing(path) as temporary:
@@ -486,7 +488,8 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
     if loaded:
         model, checkpoint = loaded
         optimizer = make_optimizer(model.to(machine.device), c)
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        # a copy: its tensors would be mapped from the file, which Windows then lets none replace
+        optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
         torch.set_rng_state(checkpoint["rng"])  # for a router that draws noise, and the sample
         step = checkpoint["step"]
         # the log forgets what came after the checkpoint
@@ -567,12 +570,15 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
             record = {"step": step, "train_loss": train_loss, "aux_loss": aux_loss, "lr": lr,
                       "tokens_per_s": speed, "mfu": flops / (peak * world_size) if peak else None}
             bar.set_postfix(loss=f"{train_loss:.3f}")
+            check_finite(record, raw_model, checkpoint_path)
             if evaluating:
+                if last and machine.master:  # a kill in the last evaluation, the long one: no loss
+                    save_checkpoint(checkpoint_path, about, raw_model, optimizer, step, None)
                 # the model that is not compiled: evaluation is rare, and need not compile again
                 n_tokens = c.final_eval_tokens if last else c.eval_tokens
                 metrics, loads = evaluate(raw_model, data, n_tokens, machine, c)
                 record |= metrics
-            check_finite(record, raw_model, checkpoint_path)
+                check_finite(record, raw_model, checkpoint_path)
 
             # save: the log at each measurement, a checkpoint at each evaluation and on a stop
             if machine.master:
@@ -603,7 +609,7 @@ def main(argv: list[str]) -> None:
     data = open_data(c, machine, loaded[1]["sha256"] if loaded else None)
     with claim(Path(c.out_dir), loaded, c) if machine.master else nullcontext():
         model, optimizer, step, about = begin(c, loaded, data, machine)
-        del loaded  # it is memory-mapped from ckpt.pt, which the first save replaces
+        del loaded  # as it is mapped from the file
         train(model, optimizer, step, about, data, machine, c)
     if machine.world_size > 1:  # together: one that leaves early can take gloo's threads down
         dist.barrier()
