@@ -572,7 +572,7 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
             bar.set_postfix(loss=f"{train_loss:.3f}")
             check_finite(record, raw_model, checkpoint_path)
             if evaluating:
-                if last and machine.master:  # a kill in the last evaluation, the long one: no loss
+                if last and machine.master:  # its evaluation is long: a kill in it loses nothing
                     save_checkpoint(checkpoint_path, about, raw_model, optimizer, step, None)
                 # the model that is not compiled: evaluation is rare, and need not compile again
                 n_tokens = c.final_eval_tokens if last else c.eval_tokens
