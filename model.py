@@ -165,7 +165,7 @@ class Experts(torch.autograd.Function):
         #     row n of dW_gate_i      sum of da_tn x_t
         #     row n of dW_up_i        sum of db_tn x_t
         #     router row r_i          sum of dz_ti x_t      dz by autograd, from dgates
-        # (an auxiliary loss adds to dz, there for all tokens t)
+        # (an auxiliary loss adds to dz_ti for all t and i: then r_i sums over every token)
         dw_gate = weight_gradient(da, xs, ends)                          # (E, H, C)
         dw_up = weight_gradient(db, xs, ends)                            # (E, H, C)
         dw_down = weight_gradient(dys, gate * h, ends)                   # (E, C, H)

@@ -1,7 +1,8 @@
 """Three routers for a sparse mixture of experts and a control, side by side.
 
 A router looks at the hidden state of a token and sends the token to the top_k best of n_expert
-experts. Every router here is the same four verbs in the same order:
+experts. Every router here is the same four verbs in the same order, the first three for each
+token; what a loss balances comes through aux_loss:
 
     score     how well does each expert fit each token?            (N, C) -> logits, scores (N, E)
     select    which K experts does the token go to?                scores (N, E) -> (N, K)
@@ -40,7 +41,7 @@ class Router(nn.Module):
     """The order of the four verbs, and the count of what went where. A router of your own defines
     score(), gate() and `directions` (E, C), which the metrics read; the rest as needed.
 
-    `load` (E): tokens sent to each expert since the last update, but in eval mode."""
+    `load` (E): tokens sent to each expert since the last update; eval mode does not count."""
 
     def __init__(self, config):
         super().__init__()
@@ -64,7 +65,7 @@ class Router(nn.Module):
             return Routing(indices, gates, aux_loss, logits, scores)
 
     def start(self) -> None:
-        """Called once, when all matrices have been drawn from normal(0, 0.02): set others here."""
+        """Called once, when all matrices have been drawn from normal(0, 0.02): set other values."""
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, C) -> logits (N, E), scores (N, E)."""
