@@ -772,7 +772,7 @@ def draw_experts(fig, groups) -> None:
     if not shown:
         return
     if len(panels) > 4:
-        warn(f"experts.png has room for four routers and leaves out {', '.join([*panels][4:])}.")
+        warn(f"experts.png has room for four routers; not shown: {', '.join([*panels][4:])}.")
     grid = fig.add_gridspec(len(shown), 2, width_ratios=(65, 30))
     mono = dict(family="DejaVu Sans Mono", va="center_baseline")
     for i, group in enumerate(shown):
