@@ -99,7 +99,7 @@ def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     work on a table with a row for each assignment, sorted by expert. indices (N, K) -> order (N*K),
     inverse (N, K), ends (E) int32:
 
-        indices [[2, 0], [0, 1]]    the assignments 0, 1, 2, 3 go to the experts 2, 0, 0, 1
+        indices [[2, 0], [0, 1]]    E = 3; the assignments 0, 1, 2, 3 go to the experts 2, 0, 0, 1
         order   [1, 2, 3, 0]        row r of the table is the assignment order[r]
         inverse [[3, 0], [1, 2]]    the row where the assignment (t, k) lies
         ends    [2, 3, 4]           where the rows of each expert end"""

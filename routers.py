@@ -1,13 +1,14 @@
 """Three routers for a sparse mixture of experts and a control, side by side.
 
 A router looks at the hidden state of a token and sends the token to the top_k best of n_expert
-experts. Every router here is the same four verbs in the same order, the first three for each
-token; what a loss balances comes through aux_loss:
+experts. Every router here is the same four verbs in the same order:
 
     score     how well does each expert fit each token?            (N, C) -> logits, scores (N, E)
     select    which K experts does the token go to?                scores (N, E) -> (N, K)
     gate      how much does each of the K count? (sums to 1)       logits (N, K) -> (N, K)
     update    once after each optimizer step: move bias and centroids by what was counted
+
+The first three are called for every batch, with aux_loss: what is added to the training loss.
 
 They differ in where the scores come from and in what keeps the load even:
 

@@ -496,6 +496,7 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
         records = [record for record in read_log(out_dir / "log.jsonl") if record["step"] <= step]
         # with other code or another max_iters it is no longer the run that it was: note that, as
         # [step of the change, what, old value], and keep what it was
+        # (one flat table each, as max_iters lies in the config and the code beside it)
         before, now = checkpoint["config"] | checkpoint, about["config"] | about
         changes = [[step, what, before[what]] for what in ("max_iters", "code", "router_code")
                    if now[what] != before[what]]
@@ -602,7 +603,7 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
 
 def main(argv: list[str]) -> None:
     c, loaded = parse_args(argv)
-    code_of(c.router)  # cached from here on, as the files may be edited meanwhile
+    code_of(c.router)  # reads and caches it now: the run records the code that it started with
     if c.bench:
         return bench(c)
     machine = set_up(c)
