@@ -75,6 +75,12 @@ class Config:
             raise ValueError(f"{name} must be {rule}, not {getattr(self, name)!r}.")
 
 
+def config_of(settings: dict) -> Config:
+    """The fields of Config among the settings of a run; one that they lack has its default."""
+    names = {field.name for field in fields(Config)}
+    return Config(**{name: value for name, value in settings.items() if name in names})
+
+
 # ---------------------------------------------------------------- the idea: one SMoE layer
 
 def experts_by_definition(x, indices, gates, w_gate, w_up, w_down) -> Tensor:
@@ -529,9 +535,7 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
         for key in ("optimizer", "step", "evaluation", "rng", "history", "sha256", "code",
                     "router_code", "tokenizer"):
             checkpoint[key]  # KeyError if it is missing
-        names = {field.name for field in fields(Config)}  # a newer field has its default
-        model = SMoETransformer(Config(**{
-            name: value for name, value in checkpoint["config"].items() if name in names}))
+        model = SMoETransformer(config_of(checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not there; name the folder of a run that has saved one."
@@ -548,8 +552,10 @@ def read_log(path: Path) -> list[dict]:
     log must never stand in the way of a good checkpoint."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            records.append(json.loads(line))
+        with suppress(ValueError, TypeError, KeyError):
+            record = json.loads(line)
+            if isinstance(record["step"], int):
+                records.append(record)
     return records
 
 

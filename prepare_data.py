@@ -393,7 +393,7 @@ def mistake(error):
             isinstance(error, RuntimeError) and re.search("(out of|allocate) memory", str(error))):
         return "not enough memory; a smaller model or batch needs less."
     origin = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(origin.filename).parent == Path(__file__).parent
+    ours = Path(origin.filename).resolve().parent == Path(__file__).resolve().parent
     if isinstance(error, OSError) or (
             isinstance(error, ValueError) and ours and origin.line.startswith("raise")):
         return " ".join(str(error).split())  # on one line

@@ -33,7 +33,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, Config, SMoETransformer, code_of, coupling_spearman, load_balance,
+    INCIDENTAL, Config, SMoETransformer, code_of, config_of, coupling_spearman, load_balance,
     load_checkpoint, perplexity, read_log, router_similarity, validate)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_batch, get_tokenizer, lock, open_dataset, prepare,
@@ -205,8 +205,7 @@ def make_model(c: TrainConfig, device: torch.device) -> SMoETransformer:
     """The weights depend on the seed alone. The model gets the fields of Config and no others, as
     load_checkpoint gives it."""
     torch.manual_seed(c.seed)
-    return SMoETransformer(Config(**{
-        field.name: getattr(c, field.name) for field in fields(Config)})).to(device)
+    return SMoETransformer(config_of(vars(c))).to(device)
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
@@ -306,7 +305,8 @@ def claim(out_dir: Path, loaded: tuple | None, c: TrainConfig):
         raise ValueError(f"{out_dir} holds the folders of other runs; name one for this run.")
     out_dir.mkdir(parents=True, exist_ok=True)
     file = lock(out_dir)  # before the folder is renamed: a run may be in it
-    if loaded and torch.load(out_dir / "ckpt.pt", mmap=True)["step"] != loaded[1]["step"]:
+    if loaded and loaded[1]["step"] != torch.load(
+            out_dir / "ckpt.pt", map_location="cpu", mmap=True, weights_only=True)["step"]:
         raise ValueError(f"another process has gone on with {out_dir} meanwhile; start again.")
     if names and c.overwrite:
         old = free_path(out_dir.parent, f"{out_dir.name}.old")
@@ -495,8 +495,8 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
         # the log forgets what came after the checkpoint
         records = [record for record in read_log(out_dir / "log.jsonl") if record["step"] <= step]
         # with other code or another max_iters it is no longer the run that it was: note that, as
-        # [step of the change, what, old value], and keep what it was
-        # (one flat table each, as max_iters lies in the config and the code beside it)
+        # [step of the change, what, old value], and keep what it was. max_iters lies in the config,
+        # the code beside it: in one flat table here
         before, now = checkpoint["config"] | checkpoint, about["config"] | about
         changes = [[step, what, before[what]] for what in ("max_iters", "code", "router_code")
                    if now[what] != before[what]]
