@@ -34,8 +34,7 @@ from tqdm import tqdm
 
 from model import (
     INCIDENTAL, code_hash, code_of, expert_activations, expert_colors, load_balance,
-    load_checkpoint, perplexity, read_log, router_cosines, router_similarity, spearman, validate,
-    watch)
+    load_checkpoint, perplexity, router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_tokenizer, lock, mistake, open_corpus, open_dataset,
     printable, replacing, visible)
@@ -79,38 +78,41 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     torch.manual_seed(0)  # a router of your own may draw in eval mode, too
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
-    step, config, evaluation = (checkpoint[key] for key in ("step", "config", "evaluation"))
-    evaluations = [record for record in read_log(folder / "log.jsonl")
-                   if "val_loss" in record and record["step"] <= step]
+    config, evaluation = checkpoint["config"], checkpoint["evaluation"]
+    evaluations = [record for record in checkpoint["log"] if "val_loss" in record]
     # the last evaluation is on more tokens, so it is no point of the curves
-    log = [record for record in evaluations
-           if record.get("val_tokens") == evaluations[0].get("val_tokens")]
+    log = [record for record in evaluations if record["val_tokens"] == evaluations[0]["val_tokens"]]
     data = open_dataset(Path("data", config["dataset"]), c.block_size, c.vocab_size,
                         checkpoint["sha256"])
 
     def batches(n):  # n validation tokens, spaced as train.py spaces them, about 1,024 at a time
-        return tqdm(list(eval_batches(data, n, block_size=c.block_size, device=device,
-                                      batch_size=max(1, 1024 // c.block_size))), folder.name, **BAR)
+        return list(eval_batches(data, n, block_size=c.block_size, device=device,
+                                 batch_size=max(1, 1024 // c.block_size)))
 
     model.to(device).eval()
-    if not evaluation:  # the run was stopped before its end
-        loss, n, load = validate(model, batches(config["final_eval_tokens"]))
+    if not evaluation:  # the run was stopped before its end: as train.py would have done it
+        with torch.autocast(torch.device(device).type, torch.bfloat16,
+                            enabled=config["dtype"] == "bfloat16"):
+            loss, n, load = validate(model, tqdm(batches(config["final_eval_tokens"]), folder.name,
+                                                 **BAR))
         evaluation = {"val_loss": loss / n, "val_tokens": n, "load": load}
-    tokens, layers = observe_layers(model, batches(n_tokens), evaluation["load"].to(device),
-                                    gradient_shares(model, *next(iter(batches(1024)))))
-    history = [f"{what} was {old} to step {step_of_change}"  # what a --resume has changed
-               for step_of_change, what, old in checkpoint["history"]]
+    tokens, layers = observe_layers(
+        model, tqdm(batches(n_tokens), folder.name, **BAR), evaluation["load"].to(device),
+        gradient_shares(model, *batches(1024)[0]))
+    history = [f"{what} was {old} to step {step}"  # what a --resume has changed
+               for step, what, old in checkpoint["history"]]
+    trained, now = {key: checkpoint[key] for key in ("code", "router_code")}, code_of(c.router)
     # runs are averaged over seeds only if all of this is equal. A field that is newer than the run
     # has its default, as in the model
-    code = {key: checkpoint[key] for key in ("code", "router_code")}
-    settings = vars(c) | config | code | MEASURED_BY | {
+    settings = vars(c) | config | trained | MEASURED_BY | {
+        "edited": "no" if trained == now else f"to {now['code']}, {now['router_code']}",
         "history": ", ".join(history) or "none",
         "data_sha256": checkpoint["sha256"]["train.bin"][:12],
         "val_sha256": checkpoint["sha256"]["val.bin"][:12]}
     about = {
-        "router": c.router, "seed": config["seed"], "step": step, "settings": settings, "log": log,
-        "perplexity": perplexity(evaluation["val_loss"]), "val_tokens": evaluation["val_tokens"],
-        "edited": code != code_of(c.router)}
+        "router": c.router, "seed": config["seed"], "step": checkpoint["step"],
+        "settings": settings, "log": log, "perplexity": perplexity(evaluation["val_loss"]),
+        "val_tokens": evaluation["val_tokens"]}
     try:
         encoding = get_tokenizer(checkpoint["tokenizer"])
         text_of = lambda token: printable(encoding, [token]) or f"<{token}>"
@@ -303,8 +305,7 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
         "d_expert": H, "block_size": ids.shape[1] - 1,
         "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12]} | MEASURED_BY
     about = {"router": c.model_type, "seed": None, "step": None, "settings": settings, "log": [],
-             "perplexity": perplexity(loss / len(tokens)), "val_tokens": len(tokens),
-             "edited": False}
+             "perplexity": perplexity(loss / len(tokens)), "val_tokens": len(tokens)}
     return Observed(about, tokens, text_of, layers)
 
 
@@ -426,8 +427,8 @@ def favourite_tokens(tokens: Tensor, experts: Tensor, E: int, text_of) -> list[l
     lift = counts / counts.sum(1, keepdim=True) / (counts.sum(0) / counts.sum())
     lift = lift.masked_fill(counts.sum(1, keepdim=True) < 20, 0.0).nan_to_num()
     best = lift.topk(min(5, len(ids)), dim=0)                            # (5, E)
-    return [[text_of(ids[i].item()).replace("\n", "\\n").replace(" ", "␣")  # as one can see them
-             for value, i in zip(values, places) if value > 1]
+    visible_text = lambda i: text_of(ids[i].item()).replace("\n", "\\n").replace(" ", "␣")
+    return [[visible_text(i) for value, i in zip(values, places) if value > 1]
             for values, places in zip(best.values.t(), best.indices.t())]
 
 
@@ -544,10 +545,9 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
     several NAME or, where two groups have that NAME, like NAME-1,3."""
     found = {}
     for name, run in runs.items():
-        seed = f"-{run['seed']}"
-        # endswith: a run called aux is no seed of aux-1
-        key = (name.removesuffix(seed), name.endswith(seed),
-               json.dumps(experiment(run), sort_keys=True))
+        base = name.removesuffix(f"-{run['seed']}")
+        # base != name: a run called aux is no seed of aux-1
+        key = base, base != name, json.dumps(experiment(run), sort_keys=True)
         found.setdefault(key, []).append(name)
     bases = [base for base, *_ in found]
     groups, styles, others = [], dict(ROUTER_STYLES), zip(*map(cycle, OTHER_STYLES))
@@ -605,7 +605,7 @@ def paired_differences(groups: list[Group]) -> list[str]:
         pairs = [(x["perplexity"], y["perplexity"]) for x in later.runs for y in earlier.runs
                  if x["seed"] == y["seed"]]
         # a router of your own is a name and its code; perplexity is not measured here
-        different = differing([later, earlier]).keys() - {"router_code", "measured_by"}
+        different = differing([later, earlier]).keys() - {"router_code", "measured_by", "edited"}
         if len(pairs) > 1 and len(different) <= 1 and not different & OTHER_TEXT:
             percent = [100 * (x / y - 1) for x, y in pairs]
             error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
@@ -875,7 +875,7 @@ def read_metrics(path: Path) -> dict[str, dict]:
     try:
         runs = json.loads(path.read_text())
         for run in runs.values():
-            run["edited"], run["settings"]["measured_by"]  # KeyError if it is missing
+            run["settings"]["measured_by"]  # KeyError if it is missing
         return runs
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None
@@ -939,7 +939,8 @@ def report(runs: dict[str, dict], path: Path) -> None:
     print(markdown_table([(name, [run]) for name, run in runs.items()]
                          + [(f"{group.label}, mean ± Std over seeds", group.runs)
                             for group in several]))
-    if edited := [name for name, run in runs.items() if run["edited"]]:
+    if edited := [name for name, run in runs.items()
+                  if run["settings"].get("edited", "no") != "no"]:
         print(f"\nMeasured with code that was edited since the training: {', '.join(edited)}.")
     if len(groups) > 1:
         print("", differing_settings(groups), *paired_differences(groups), sep="\n")

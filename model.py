@@ -13,12 +13,11 @@ RMSNorm on each head of q and k, no biases, no dropout, an untied head. Unlike i
 expert has a capacity above which it drops tokens: every token reaches its K experts."""
 import colorsys
 import hashlib
-import json
 import math
 import os
 import sys
 import textwrap
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
@@ -385,17 +384,12 @@ class SMoETransformer(nn.Module):
 def watch(modules):
     """Yields a list for each of the modules, to which every forward pass adds what it got and gave:
     for a router (x (N, C), Routing)."""
-    seen, hooks = [], []
-    for module in modules:
-        calls = []
-        hooks.append(module.register_forward_hook(
-            lambda module, args, output, calls=calls: calls.append((*args, output))))
-        seen.append(calls)
-    try:
+    seen = [[] for _ in modules]
+    with ExitStack() as hooks:  # it removes them
+        for module, calls in zip(modules, seen):
+            hooks.enter_context(module.register_forward_hook(
+                lambda module, args, output, calls=calls: calls.append((*args, output))))
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def perplexity(loss: float) -> float:
@@ -530,33 +524,27 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     """-> (the trained model, on the CPU; what train.save_checkpoint wrote). The file is mapped:
     what you do not touch, as the optimizer's state, costs no memory. Raises ValueError for a
     missing, damaged or foreign file."""
+    def unfit(error):
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
+        return ValueError(f"{path} is damaged, or no checkpoint of the code as it is now "
+                          f"({reason}).")
+
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        for key in ("optimizer", "step", "evaluation", "rng", "history", "sha256", "code",
-                    "router_code", "tokenizer"):
+        for key in ("model", "optimizer", "step", "config", "log", "evaluation", "rng", "history",
+                    "sha256", "code", "router_code", "tokenizer"):
             checkpoint[key]  # KeyError if it is missing
-        model = SMoETransformer(config_of(checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not there; name the folder of a run that has saved one."
                          ) from None
     except Exception as error:  # a damaged file can raise nearly anything
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
-        raise ValueError(f"{path} is damaged, or no checkpoint of the code as it is now ({reason})."
-                         ) from None
+        raise unfit(error) from None
+    model = SMoETransformer(config_of(checkpoint["config"]))  # your own router's bugs are no damage
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise unfit(error) from None
     return model, checkpoint
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl, without those that cannot be read: a kill may cut one short, and a
-    log must never stand in the way of a good checkpoint."""
-    records = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError, TypeError, KeyError):
-            record = json.loads(line)
-            if isinstance(record["step"], int):
-                records.append(record)
-    return records
 
 
 # ---------------------------------------------------------------- a sample: python model.py RUN

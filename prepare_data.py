@@ -7,6 +7,7 @@
 writes data/<name>/train.bin and val.bin (token ids, little-endian) and meta.json (what they are).
 A corpus flows through in pieces, so memory does not grow with the length of the texts."""
 import argparse
+import dis
 import hashlib
 import json
 import os
@@ -15,7 +16,6 @@ import signal
 import sys
 import sysconfig
 import tempfile
-import traceback
 from collections import Counter
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -168,10 +168,8 @@ def read_single(path, val_fraction):
     for text in read_text(path):
         cut = max(0, min(left, len(text)))
         # on to the next line end (cut - 1: it may be there already), but not to the one that ends
-        # the text: val is to get some
-        line_end = text.find("\n", cut - 1, -1) if cut else -1
-        if line_end >= 0:
-            cut = line_end + 1
+        # the text: val is to get some. find() gives -1 if there is none: then the cut stays
+        cut = cut and (text.find("\n", cut - 1, -1) + 1 or cut)
         yield "train", text[:cut]
         yield "val", text[cut:]  # mostly one of the two is empty: no document
         left -= len(text)
@@ -388,14 +386,17 @@ def cli(main):
 
 def mistake(error):
     """-> the sentence for the user. None: it is a bug, perhaps in a router of yours, and is to keep
-    its traceback; so is a ValueError that no `raise` of this project's files has raised."""
+    its traceback; so is a ValueError that no `raise` in this folder's files has raised."""
     if isinstance(error, MemoryError) or (  # torch has no class for both CPU and GPU
             isinstance(error, RuntimeError) and re.search("(out of|allocate) memory", str(error))):
         return "not enough memory; a smaller model or batch needs less."
-    origin = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(origin.filename).resolve().parent == Path(__file__).resolve().parent
-    if isinstance(error, OSError) or (
-            isinstance(error, ValueError) and ours and origin.line.startswith("raise")):
+    origin = error.__traceback__
+    while origin.tb_next:
+        origin = origin.tb_next
+    code = origin.tb_frame.f_code
+    ours = Path(code.co_filename).resolve().parent == Path(__file__).resolve().parent
+    raised = code.co_code[origin.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # not int("x"), say
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and ours and raised):
         return " ".join(str(error).split())  # on one line
 
 
@@ -407,7 +408,10 @@ def replacing(path):
     try:
         yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's writer calls a full disk a RuntimeError
+    except (OSError, RuntimeError) as error:
+        # as torch's writer calls a full disk
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
         reason = getattr(error, "strerror", None) or "no room on the disk?"
         raise OSError(f"{path} could not be written ({reason}); if it was there, it still is as it "
                       "was.") from error

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from model import (
     INCIDENTAL, Config, SMoETransformer, code_of, config_of, coupling_spearman, load_balance,
-    load_checkpoint, perplexity, read_log, router_similarity, validate)
+    load_checkpoint, perplexity, router_similarity, validate)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_batch, get_tokenizer, lock, open_dataset, prepare,
     printable, replacing)
@@ -115,9 +115,9 @@ PRESETS = {
 }
 
 
-def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
-    """Flags -> settings and, with --resume, what load_checkpoint gives. Flags override the preset,
-    or the settings in the checkpoint. Raises ValueError."""
+def parse_args(argv: list[str]) -> tuple:
+    """Flags -> settings and, with --resume, what load_checkpoint gives, else None, None. Flags
+    override the preset, or the settings in the checkpoint. Raises ValueError."""
     comments = {}  # --help shows the comment beside each field
     for cls in (Config, TrainConfig):
         comments |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
@@ -135,17 +135,17 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, tuple | None]:
     if named.config not in PRESETS:
         raise ValueError(f"config must be one of {', '.join(PRESETS)}, not {named.config!r}.")
     parser.set_defaults(**PRESETS[named.config])
-    loaded = None
+    model = checkpoint = None
     if named.resume:
         out_dir = os.path.expanduser(named.out_dir or f"out/{named.router}")
-        loaded = _, checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"))
+        model, checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"))
         parser.set_defaults(**{  # but for settings that you have removed from the code since
             name: value for name, value in checkpoint["config"].items() if name in vars(named)}
             | {"out_dir": out_dir})
     c = TrainConfig(**vars(parser.parse_args(argv)))
-    if loaded:
+    if checkpoint:
         check_resume(checkpoint, c)
-    return c, loaded
+    return c, model, checkpoint
 
 
 def check_resume(checkpoint: dict, c: TrainConfig) -> None:
@@ -292,7 +292,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
 
 # ---------------------------------------------------------------- the files of a run
 
-def claim(out_dir: Path, loaded: tuple | None, c: TrainConfig):
+def claim(out_dir: Path, checkpoint: dict | None, c: TrainConfig):
     """-> a locked file: until it is closed, no other run can be in out_dir. Raises ValueError if
     one is in it, or, without --resume or --overwrite, has been in it, or, with --resume, has gone
     on since its checkpoint was loaded."""
@@ -305,7 +305,7 @@ def claim(out_dir: Path, loaded: tuple | None, c: TrainConfig):
         raise ValueError(f"{out_dir} holds the folders of other runs; name one for this run.")
     out_dir.mkdir(parents=True, exist_ok=True)
     file = lock(out_dir)  # before the folder is renamed: a run may be in it
-    if loaded and loaded[1]["step"] != torch.load(
+    if checkpoint and checkpoint["step"] != torch.load(
             out_dir / "ckpt.pt", map_location="cpu", mmap=True, weights_only=True)["step"]:
         raise ValueError(f"another process has gone on with {out_dir} meanwhile; start again.")
     if names and c.overwrite:
@@ -336,16 +336,16 @@ def append(record: dict, log: Path) -> None:
     try:
         with open(log, "a") as file:
             file.write(json.dumps(record) + "\n")
-    except OSError as error:  # a line of a log is not worth a run
+    except OSError as error:  # a line of a log is not worth a run; the checkpoint has it, too
         print(f"{log} lacks step {record['step']} ({error.strerror}).", file=sys.stderr)
 
 
 def describe(c: TrainConfig, dtype: torch.dtype, data) -> dict:
-    """What a checkpoint says of its run, to which begin() adds the history."""
+    """What a checkpoint says of its run, to which begin() adds its past."""
     config = asdict(c) | {"dtype": str(dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
     return dict(
-        config=config, history=[], sha256=data.meta["sha256"],
+        config=config, log=[], history=[], sha256=data.meta["sha256"],
         tokenizer=data.meta["tokenizer"]["name"], **code_of(c.router))
 
 
@@ -480,20 +480,17 @@ def command(script: Path, *flags: str, processes: int = 1) -> str:
     return shlex.join([*launcher, name, *flags])
 
 
-def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple:
+def begin(c: TrainConfig, model, checkpoint: dict | None, data, machine: Machine) -> tuple:
     """Starts a run, or goes on with what load_checkpoint gave, and writes its log up to here
     -> (model, optimizer, step, what describe() says of it)."""
     out_dir = Path(c.out_dir)
     about = describe(c, machine.dtype, data)
-    if loaded:
-        model, checkpoint = loaded
+    if checkpoint:
         optimizer = make_optimizer(model.to(machine.device), c)
         # a copy: its tensors would be mapped from the file, which Windows then lets none replace
         optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
         torch.set_rng_state(checkpoint["rng"])  # for a router that draws noise, and the sample
-        step = checkpoint["step"]
-        # the log forgets what came after the checkpoint
-        records = [record for record in read_log(out_dir / "log.jsonl") if record["step"] <= step]
+        step, about["log"] = checkpoint["step"], checkpoint["log"]
         # with other code or another max_iters it is no longer the run that it was: note that, as
         # [step of the change, what, old value], and keep what it was. max_iters lies in the config,
         # the code beside it: in one flat table here
@@ -511,11 +508,11 @@ def begin(c: TrainConfig, loaded: tuple | None, data, machine: Machine) -> tuple
         optimizer = make_optimizer(model, c)
         step = 0
         metrics, _ = evaluate(model, data, c.eval_tokens, machine, c)
-        records = [{"step": 0} | dict.fromkeys(
+        about["log"] = [{"step": 0} | dict.fromkeys(
             ("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu")) | metrics]
-    if machine.master:
+    if machine.master:  # log.jsonl forgets what came after the checkpoint
         with replacing(out_dir / "log.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in about["log"]))
     return model, optimizer, step, about
 
 
@@ -583,6 +580,7 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
 
             # save: the log at each measurement, a checkpoint at each evaluation and on a stop
             if machine.master:
+                about["log"].append(record)
                 append(record, log_path)
                 if evaluating or stop:
                     save_checkpoint(checkpoint_path, about, raw_model, optimizer, step,
@@ -602,15 +600,15 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
 
 
 def main(argv: list[str]) -> None:
-    c, loaded = parse_args(argv)
+    c, model, checkpoint = parse_args(argv)
     code_of(c.router)  # reads and caches it now: the run records the code that it started with
     if c.bench:
         return bench(c)
     machine = set_up(c)
-    data = open_data(c, machine, loaded[1]["sha256"] if loaded else None)
-    with claim(Path(c.out_dir), loaded, c) if machine.master else nullcontext():
-        model, optimizer, step, about = begin(c, loaded, data, machine)
-        del loaded  # as it is mapped from the file
+    data = open_data(c, machine, checkpoint["sha256"] if checkpoint else None)
+    with claim(Path(c.out_dir), checkpoint, c) if machine.master else nullcontext():
+        model, optimizer, step, about = begin(c, model, checkpoint, data, machine)
+        del checkpoint  # it is mapped from the file
         train(model, optimizer, step, about, data, machine, c)
     if machine.world_size > 1:  # together: one that leaves early can take gloo's threads down
         dist.barrier()
