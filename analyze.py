@@ -7,7 +7,8 @@
 
 Prints a Markdown table, writes metrics.json and the figures to out/analysis/. Three parts, from
 top to bottom: observe (a model -> what its layers do on validation tokens, the only part that knows
-what a run is), measure (pure functions of that), draw (from metrics.json alone).
+what a run is), measure (pure functions of that), and, from metrics.json alone, group the runs,
+print the table, draw.
 
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k, H = d_expert (expert width).
 The metrics follow "Routers Learn the Geometry of Their Experts", arXiv 2605.12476, but for some of
@@ -318,8 +319,7 @@ def relative_activations(activations: Tensor) -> Tensor:
 
 def coupling_by_rank(scores: Tensor, activations: Tensor) -> Tensor:
     """scores, activations (N, E) -> (E): mean over tokens of the relative activation of the expert
-    that the router ranks 1st, 2nd, ... E-th for that token. Falls with the rank where both are
-    coupled."""
+    that the router ranks 1st, 2nd, ... E-th for that token: how far both agree."""
     order = scores.argsort(dim=1, descending=True, stable=True)          # (N, E)
     return relative_activations(activations).gather(1, order).mean(0)
 
@@ -676,7 +676,7 @@ def draw_coupling(fig, groups) -> None:
     for group in groups:
         values = group.values("coupling_by_rank")                        # (seeds, E)
         draw_line(ax, group, range(1, values.shape[1] + 1), values)
-    ax.axhline(1, **CHANCE, label="average, as without any coupling")
+    ax.axhline(1, **CHANCE, label="average, as if score and activation were unrelated")
     ax.locator_params("x", integer=True)
     ax.set(xlabel="rank of the expert for a token by the router's score (1: the highest)",
            ylabel="activation of the expert, ||W_gate x||\n(1: its average over all tokens)")
@@ -805,8 +805,8 @@ def draw_experts(fig, groups) -> None:
 
 
 FIGURES = {  # file: what draws it, its title, height in inches
-    "coupling.png": (draw_coupling, "Coupled: the higher the router ranks an expert, the stronger "
-                     "its activation", 4.4),
+    "coupling.png": (draw_coupling, "The line falls if the router ranks first the experts that "
+                     "react most", 4.4),
     "load.png": (draw_load, "Balanced: the line is flat, and the point far to the left", 4),
     "similarity.png": (draw_similarity, "Red: two router directions that are alike", 3.2),
     "alignment.png": (draw_alignment, "Aligned: the point lies to the right of the dotted line", 2),

@@ -34,7 +34,8 @@ from routers import ROUTERS, Router
 
 @dataclass
 class Config:
-    """Model and router, one field per choice. Raises ValueError with the name of a bad field."""
+    """Model and router, one field per choice; train.py --help prints the comments. Raises
+    ValueError with the name of a bad field."""
     vocab_size: int = 320            # 256 bytes and end of text, rounded up to a multiple of 64
     block_size: int = 256            # longest sequence, in tokens
     n_layer: int = 4                 # blocks of attention and SMoE
@@ -59,7 +60,7 @@ class Config:
                    f"a multiple of 2 * n_head = {2 * self.n_head} (RoPE turns pairs within a head)")
         for name in ("n_embd", "d_expert"):
             self.check(getattr(self, name) % 8 == 0, name,
-                       "a multiple of 8 (grouped_mm wants rows of 16 bytes, in bfloat16 too)")
+                       "a multiple of 8 (grouped_mm wants rows of n * 16 bytes, in bfloat16 too)")
         self.check(1 <= self.top_k <= self.n_expert, "top_k",
                    f"from 1 to n_expert = {self.n_expert}")
         self.check(isinstance(router_class(self.router), type), "router",
@@ -100,9 +101,9 @@ def experts_by_definition(x, indices, gates, w_gate, w_up, w_down) -> Tensor:
 
 
 def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A token t and its k-th expert are the assignment number t * K + k. The fast experts below
-    work on a table with a row for each assignment, sorted by expert. indices (N, K) -> order (N*K),
-    inverse (N, K), ends (E) int32:
+    """Token t and its k-th expert, both counted from 0, are the assignment t * K + k. The fast
+    experts below work on a table with a row for each assignment, sorted by expert. indices (N, K)
+    -> order (N*K), inverse (N, K), ends (E) int32:
 
         indices [[2, 0], [0, 1]]    E = 3; the assignments 0, 1, 2, 3 go to the experts 2, 0, 0, 1
         order   [1, 2, 3, 0]        row r of the table is the assignment order[r]
@@ -124,7 +125,8 @@ class Experts(torch.autograd.Function):
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
     float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
-    is a loop over the experts i, each with a matrix product on its rows of the table:
+    is a loop over the experts i, each with a matrix product on its rows of the table. The shapes
+    tell which of two:
 
         rows times weights:   A (N*K, P), B (E, P, Q):   out[rows] = A[rows] @ B[i]      (N*K, Q)
         weight gradients:     A (P, N*K), B (N*K, Q):    out[i] = A[:, rows] @ B[rows]   (E, P, Q)

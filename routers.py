@@ -1,14 +1,16 @@
 """Three routers for a sparse mixture of experts and a control, side by side.
 
-A router looks at the hidden state of a token and sends the token to the top_k best of n_expert
-experts. Every router here is the same four verbs in the same order:
+A router looks at the (normalised) hidden state of a token and sends the token to the top_k best of
+n_expert experts. Every router here is the same four verbs in the same order:
 
     score     how well does each expert fit each token?            (N, C) -> logits, scores (N, E)
     select    which K experts does the token go to?                scores (N, E) -> (N, K)
     gate      how much does each of the K count? (sums to 1)       logits (N, K) -> (N, K)
     update    once after each optimizer step: move bias and centroids by what was counted
 
-The first three are called for every batch, with aux_loss: what is added to the training loss.
+The first three are called for every batch, with aux_loss, which is added to the training loss. Pass
+over the rest at first: count and statistics feed update, start draws first values. The logits are
+what gate starts from, the scores what select ranks: the same, or their softmax or sigmoid.
 
 They differ in where the scores come from and in what keeps the load even:
 
@@ -170,9 +172,9 @@ class AuxLossRouter(LearnedRouter):
             f_i = share of the N * K assignments that went to expert i      (no gradient)
             P_i = mean over tokens of s_i / sum over j of s_j               (softmax: sum is 1)
 
-    f is that of one micro-batch on one process. If all f_i are equal, the first term is
-    aux_loss_coef and its gradient 0. Else, with softmax scores, its gradient at z_ti, token t and
-    expert i, is
+    f is that of one micro-batch on one process (before accumulation, without the other GPUs). If
+    all f_i are equal, the first term is aux_loss_coef and its gradient 0. Else, with softmax
+    scores, its gradient at z_ti, token t and expert i, is
         aux_loss_coef * E / N * s_ti (f_i - sum over j of s_tj f_j),
     so a logit falls if f_i is above the mean of all f_j, weighted by the scores of this token, and
     rises if below. Every token sends that, along its x, to every row: it mixes into r_i tokens that

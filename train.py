@@ -492,8 +492,8 @@ def begin(c: TrainConfig, model, checkpoint: dict | None, data, machine: Machine
         torch.set_rng_state(checkpoint["rng"])  # for a router that draws noise, and the sample
         step, about["log"] = checkpoint["step"], checkpoint["log"]
         # with other code or another max_iters it is no longer the run that it was: note that, as
-        # [step of the change, what, old value], and keep what it was. max_iters lies in the config,
-        # the code beside it: in one flat table here
+        # [step of the change, what, old value], and keep what it was. (max_iters is inside config,
+        # the hashes of the code are beside it.)
         before, now = checkpoint["config"] | checkpoint, about["config"] | about
         changes = [[step, what, before[what]] for what in ("max_iters", "code", "router_code")
                    if now[what] != before[what]]
