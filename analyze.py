@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import textwrap
+import traceback
 from itertools import combinations, cycle
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -106,7 +107,8 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     # runs are averaged over seeds only if all of this is equal. A field that is newer than the run
     # has its default, as in the model
     settings = vars(c) | config | trained | MEASURED_BY | {
-        "edited": "no" if trained == now else f"to {now['code']}, {now['router_code']}",
+        "edited": ", ".join(f"{key} to {now[key]}" for key in now if now[key] != trained[key])
+                  or "no",
         "history": ", ".join(history) or "none",
         "data_sha256": checkpoint["sha256"]["train.bin"][:12],
         "val_sha256": checkpoint["sha256"]["val.bin"][:12]}
@@ -542,7 +544,8 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
 
 def group_runs(runs: dict[str, dict]) -> list[Group]:
     """The groups, in the order of their first runs. The label of one run is its name, that of
-    several NAME or, where two groups have that NAME, like NAME-1,3."""
+    several NAME or, where two groups have that NAME, like NAME-1,3. A run that was measured with
+    another code of its own router than it was trained with is marked in every figure."""
     found = {}
     for name, run in runs.items():
         base = name.removesuffix(f"-{run['seed']}")
@@ -555,6 +558,8 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
         seeds = ",".join(str(runs[name]["seed"]) for name in members)
         label = members[0] if len(members) == 1 else (
             base if bases.count(base) == 1 else f"{base}-{seeds}")
+        if "router_code" in runs[members[0]]["settings"].get("edited", ""):
+            label += " (router edited)"
         # the first group of a router has the fixed style
         color, line, marker = styles.pop(runs[members[0]]["router"], None) or next(others)
         groups.append(Group(label, [runs[name] for name in members], dict(
@@ -604,8 +609,9 @@ def paired_differences(groups: list[Group]) -> list[str]:
     for earlier, later in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in later.runs for y in earlier.runs
                  if x["seed"] == y["seed"]]
-        # a router of your own is a name and its code; perplexity is not measured here
-        different = differing([later, earlier]).keys() - {"router_code", "measured_by", "edited"}
+        different = differing([later, earlier]).keys() - {"measured_by", "edited"}  # it is older
+        if "router" in different:  # a router of your own is a name and its code
+            different -= {"router_code"}
         if len(pairs) > 1 and len(different) <= 1 and not different & OTHER_TEXT:
             percent = [100 * (x / y - 1) for x, y in pairs]
             error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
@@ -721,8 +727,8 @@ def draw_similarity(fig, groups) -> None:
 
 
 def logged(groups: list[Group]) -> list[Group]:
-    """Those whose runs have evaluations during their training."""
-    return [group for group in groups if all(run["log"] for run in group.runs)]
+    """Those whose runs have evaluations during their training, not only before it."""
+    return [group for group in groups if all(len(run["log"]) > 1 for run in group.runs)]
 
 
 def draw_common_mode(fig, groups) -> None:
@@ -757,6 +763,8 @@ def draw_training(fig, groups) -> None:
     middle.set(ylabel="Std of the load / even load")
     right.set(ylabel="Spearman of score and activation")
     right.axhline(0, **CHANCE)
+    if OTHER_TEXT & differing(groups).keys():
+        left.set_title("of different texts: do not compare", fontsize=9)
     for ax in (left, middle):
         ax.set_yscale("log")
         plain_numbers(ax.yaxis)
@@ -888,7 +896,7 @@ def write_metrics(path: Path, runs: dict) -> None:
         if path.exists() and path.read_text() != temporary.read_text():
             kept = free_path(path.parent, "metrics.old-", ".json")
             shutil.copy(path, kept)
-            print(f"The earlier metrics.json is kept as {kept}.\n")
+            print(f"\nThe earlier metrics.json is kept as {kept}.")
     for name in FIGURES:  # none may stay beside other numbers
         (path.parent / name).unlink(missing_ok=True)
 
@@ -906,35 +914,25 @@ def read_or_measure(source: Path, args: argparse.Namespace) -> dict[str, dict]:
     return {Path(os.path.abspath(folder)).name: measure(observed)}
 
 
-def collect(sources: list[Path], args: argparse.Namespace, path: Path) -> dict[str, dict]:
-    """-> {name: metrics} of all sources, written to `path`. What cannot be read or measured is left
-    out with a sentence."""
-    runs = {}
-    try:
-        for source in sources:
-            try:
-                found = read_or_measure(source, args)
-            except Exception as error:
-                if not (sentence := mistake(error)):
-                    raise
-                warn(f"{source} is left out: {sentence}")
-                continue
-            for name, metrics in found.items():  # a name that is taken gets its folder in front
-                place = source.parent if source.name == name else source
-                while name in runs:
-                    name = f"{place}/{name}"
-                runs[name] = metrics
-    finally:  # an interrupt or a bug loses no run that was measured
-        if runs:
-            write_metrics(path, runs)
-    if not runs:
-        raise ValueError("no run is left to analyze.")
-    return runs
+def collect(sources: list[Path], args: argparse.Namespace, runs: dict[str, dict]) -> None:
+    """Adds {name: metrics} of each source to `runs`. What cannot be read or measured is left out
+    with a sentence, or with its traceback if that is due to a bug, perhaps in a router of yours."""
+    for source in sources:
+        try:
+            found = read_or_measure(source, args)
+        except Exception as error:
+            sentence = mistake(error) or traceback.format_exc()
+            warn(f"{source} is left out: {sentence}")
+            continue
+        for name, metrics in found.items():  # a name that is taken gets its folder in front
+            place = source.parent if source.name == name else source
+            while name in runs:
+                name = f"{place}/{name}"
+            runs[name] = metrics
 
 
-def report(runs: dict[str, dict], path: Path) -> None:
-    """Prints the table, draws the figures beside metrics.json, `path`."""
-    groups = group_runs(runs)
+def print_table(runs: dict[str, dict], groups: list[Group]) -> None:
+    """With the lines on what differs below it."""
     several = [group for group in groups if len(group.runs) > 1]
     print(markdown_table([(name, [run]) for name, run in runs.items()]
                          + [(f"{group.label}, mean ± Std over seeds", group.runs)
@@ -944,13 +942,6 @@ def report(runs: dict[str, dict], path: Path) -> None:
         print(f"\nMeasured with code that was edited since the training: {', '.join(edited)}.")
     if len(groups) > 1:
         print("", differing_settings(groups), *paired_differences(groups), sep="\n")
-    try:
-        figures = draw_figures(groups, path.parent)
-    except ImportError:
-        figures = []
-        warn("matplotlib is missing: for the figures run pip install matplotlib, then python "
-             f"analyze.py {path}.")
-    print(f"\nWrote {', '.join(map(str, [path, *figures]))}.")
 
 
 def main(argv: list[str]) -> None:
@@ -962,8 +953,24 @@ def main(argv: list[str]) -> None:
         raise ValueError("there is no run in out/; train one with python train.py.")
     path = Path(os.path.expanduser(args.out_dir), "metrics.json")
     path.parent.mkdir(parents=True, exist_ok=True)
+    runs = {}
     with lock(path.parent):
-        report(collect(sources, args, path), path)
+        try:
+            collect(sources, args, runs)
+            if not runs:
+                raise ValueError("no run is left to analyze.")
+        finally:  # Ctrl-C loses no run that was measured
+            if runs:
+                groups = group_runs(runs)
+                print_table(runs, groups)
+                write_metrics(path, runs)
+        try:
+            figures = draw_figures(groups, path.parent)
+        except ImportError:
+            figures = []
+            warn("matplotlib is missing: for the figures run pip install matplotlib, then python "
+                 f"analyze.py {path}.")
+    print(f"\nWrote {', '.join(map(str, [path, *figures]))}.")
 
 
 if __name__ == "__main__":

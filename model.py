@@ -109,29 +109,27 @@ def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
         order   [1, 2, 3, 0]        row r of the table is the assignment order[r]
         inverse [[3, 0], [1, 2]]    the row where the assignment (t, k) lies
         ends    [2, 3, 4]           where the rows of each expert end"""
-    expert, order = indices.flatten().sort(stable=True)                 # (N*K), (N*K)
+    sorted_experts, order = indices.flatten().sort(stable=True)         # (N*K), (N*K)
     place = torch.arange(len(order), device=order.device)               # (N*K)
     # inverse[order[r]] = r
     inverse = torch.empty_like(order).scatter_(0, order, place).view_as(indices)  # (N, K)
     ids = torch.arange(E, device=order.device)                          # (E)
-    return order, inverse, torch.searchsorted(expert, ids, right=True, out_int32=True)
+    # how many of the sorted experts are <= i: where the rows of i end
+    return order, inverse, torch.searchsorted(sorted_experts, ids, right=True, out_int32=True)
 
 
 class Experts(torch.autograd.Function):
     """The definition without the loop, and with its backward pass written out, for two reasons: it
     shows the coupling, and it saves only x, a and b of the large activations, where autograd would
-    keep more for the same gradients. (The backward pass gathers the K copies of x again: the idea
-    of SonicMoE, arXiv 2512.14080.)
+    keep more for the same gradients.
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
     float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
-    is a loop over the experts i, each with a matrix product on its rows of the table. The shapes
-    tell which of two:
+    is a loop over the experts i, each with a matrix product on its rows of the table, which are
+    ends[i - 1] (or 0) : ends[i]. With any sizes P, Q, the shapes tell which of two it is:
 
         rows times weights:   A (N*K, P), B (E, P, Q):   out[rows] = A[rows] @ B[i]      (N*K, Q)
         weight gradients:     A (P, N*K), B (N*K, Q):    out[i] = A[:, rows] @ B[rows]   (E, P, Q)
-
-    where P, Q are any sizes, and `rows` is ends[i - 1] (or 0) : ends[i].
 
     Rows are gathered and never added by many threads into one place, as the order of such sums
     varies on a GPU: the same call gives the same bits.
@@ -154,6 +152,7 @@ class Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, gate, w_gate, w_up, w_down, token, inverse, ends, a, b = ctx.saved_tensors
+        # gathered again, not saved: K copies of x (the idea of SonicMoE, arXiv 2512.14080)
         xs = x.index_select(0, token)                                    # (N*K, C)
         silu = F.silu(a)                                                 # (N*K, H)
         h = silu * b                                                     # (N*K, H)
@@ -517,7 +516,8 @@ def code_hash(*names: str) -> str:
 def code_of(router: str) -> dict[str, str]:
     """Hashes of the code that gives a run its numbers: this project's, and that of your own router,
     with its base classes."""
-    own = {router} | {cls.__module__ for cls in ROUTERS[router].__mro__} - {"routers"}
+    own = {router} | {cls.__module__ for cls in ROUTERS[router].__mro__}
+    own -= {"routers"}  # it is in "code"; modules from elsewhere, as torch's, lie not beside us
     return {"code": code_hash("model", "routers", "prepare_data", "train"),
             "router_code": code_hash(*sorted(own))}
 

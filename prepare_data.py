@@ -168,8 +168,9 @@ def read_single(path, val_fraction):
     for text in read_text(path):
         cut = max(0, min(left, len(text)))
         # on to the next line end (cut - 1: it may be there already), but not to the one that ends
-        # the text: val is to get some. find() gives -1 if there is none: then the cut stays
-        cut = cut and (text.find("\n", cut - 1, -1) + 1 or cut)
+        # the text: val is to get some
+        if cut and (line_end := text.find("\n", cut - 1, -1)) >= 0:
+            cut = line_end + 1
         yield "train", text[:cut]
         yield "val", text[cut:]  # mostly one of the two is empty: no document
         left -= len(text)
@@ -297,6 +298,8 @@ def open_dataset(folder, block_size, vocab_size, sha256=None):
     a model of this block_size and vocab_size and, of a run, are those that it was trained on: have
     these hashes {file: SHA-256}."""
     folder = Path(folder)
+    if not folder.exists():
+        raise ValueError(f"{folder} is not there; prepare_data.py makes it (see its --help).")
     try:
         meta = json.loads((folder / "meta.json").read_text())
         n_vocab = meta["vocab_size"]
@@ -308,8 +311,8 @@ def open_dataset(folder, block_size, vocab_size, sha256=None):
         meta["tokenizer"]["name"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder} is not a whole data set ({type(error).__name__}: {error}): move it away, if "
-            "it is there, and make one with prepare_data.py.") from error
+            f"{folder} is not a whole data set ({type(error).__name__}: {error}): move it away and "
+            "make one with prepare_data.py.") from error
     if sha256 and sha256 != meta["sha256"]:
         raise ValueError(f"{folder} is not the data that this run was trained on: prepare that "
                          "again, or start another run.")

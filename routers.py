@@ -90,10 +90,12 @@ class Router(nn.Module):
         return logits.new_zeros(())
 
     def count(self, x: Tensor, assigned: Tensor) -> None:
+        """Adds up what update() needs, on the tokens of one micro-batch and one process."""
         self.load += assigned.sum(0)
 
     def statistics(self) -> list[Tensor]:
-        """The buffers that count() fills."""
+        """The buffers that count() fills: update() sees them summed over micro-batches and
+        processes. (Any other buffer may move in update() alone: else each process has its own.)"""
         return [self.load]
 
 

@@ -741,19 +741,6 @@ def test_a_bug_in_an_own_router_is_no_damage_of_its_checkpoint(workdir, monkeypa
         resume("--max_iters=6")
 
 
-def test_a_resume_is_refused_if_another_has_gone_on_since_it_read_the_checkpoint(
-        workdir, monkeypatch):
-    run_train("--out_dir=out/a", "--max_iters=3")
-
-    def slow(*args, open_data=train.open_data):
-        monkeypatch.setattr(train, "open_data", open_data)
-        resume("--max_iters=6")
-        return open_data(*args)
-
-    monkeypatch.setattr(train, "open_data", slow)
-    assert "another process has gone on with out/a meanwhile" in refusal(resume, "--max_iters=6")
-
-
 def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(workdir):
     run_train("--out_dir=out/a", "--max_iters=3")
     done = python("-c", """
@@ -769,16 +756,43 @@ train.main(["--out_dir=out/a", "--resume", "--max_iters=6"])""")
     assert checkpoint_of("out/a")["step"] == 6
 
 
-def test_a_kill_in_the_last_evaluation_loses_no_step(workdir, monkeypatch):
-    def killed(*args, evaluate=train.evaluate):
-        if Path("out/a/log.jsonl").exists():
-            raise SystemError
-        return evaluate(*args)
-    monkeypatch.setattr(train, "evaluate", killed)
+def test_a_kill_in_the_last_evaluation_loses_no_step_and_resume_evaluates(workdir, monkeypatch):
+    run_train("--out_dir=out/whole")
+    finish = train.finish
+    monkeypatch.setattr(train, "finish", mock.Mock(side_effect=SystemError))
     with pytest.raises(SystemError):
-        run_train("--out_dir=out/a", "--max_iters=2")
+        run_train("--out_dir=out/a")
     checkpoint = checkpoint_of("out/a")
-    assert checkpoint["step"] == 2 and checkpoint["evaluation"] is None  # analyze.py evaluates it
+    assert checkpoint["step"] == 6 and checkpoint["evaluation"] is None
+    monkeypatch.setattr(train, "finish", finish)
+    resume()
+    assert losses("out/a") == losses("out/whole") and checkpoint_of("out/a")["evaluation"]
+    assert checkpoint_of("out/a")["log"] == read_log("out/a")
+
+
+def test_a_run_whose_folder_is_moved_stops_and_mixes_with_no_other(workdir, monkeypatch):
+    def moved(*args, train_step=train.train_step):
+        monkeypatch.setattr(train, "train_step", train_step)
+        os.rename("out/a", "out/b")
+        shutil.copytree("out/b", "out/a")  # as if another run had begun there
+        return train_step(*args)
+
+    run_train("--out_dir=out/a", "--max_iters=3")
+    before = read_log("out/a")
+    monkeypatch.setattr(train, "train_step", moved)
+    assert "out/a was moved or replaced" in refusal(resume, "--max_iters=6")
+    assert read_log("out/a") == before and checkpoint_of("out/a")["step"] == 3
+    resume("--out_dir=out/b", "--max_iters=6")
+
+
+def test_a_checkpoint_that_finds_no_room_is_tried_again_at_the_next_evaluation(
+        workdir, monkeypatch, capsys):
+    save = mock.Mock(side_effect=[OSError(28, "No space left on device"), *[mock.DEFAULT] * 9],
+                     wraps=torch.save)
+    monkeypatch.setattr(torch, "save", save)
+    run_train("--out_dir=out/a")
+    assert "out/a/ckpt.pt could not be written (No space left on device)" in capsys.readouterr().out
+    assert checkpoint_of("out/a")["step"] == 6 and save.call_count == 3
 
 
 def test_where_there_is_no_lock_as_on_windows_a_run_trains_and_is_renamed_as_well(
@@ -1016,7 +1030,7 @@ def test_a_mistake_and_too_little_memory_are_a_sentence_and_a_bug_keeps_its_trac
     ("train --lr=1", "unrecognized arguments: --lr=1; python train.py --help lists the flags"),
     ("train --max_iters=many", "max_iters: invalid int value: 'many'"),
     ("train --learning_rate=nan", "learning_rate must be positive"),
-    ("train --dataset=nothing", "data/nothing is not a whole data set"),
+    ("train --dataset=nothing", "data/nothing is not there; prepare_data.py makes it"),
     ("train --device=cuda:99", "device cuda:99 is not there"),
     ("train --block_size=100000", "block_size must be at most"),
     ("train --vocab_size=64", "such as 320"),
@@ -1063,7 +1077,7 @@ def test_resume_refuses_data_that_were_prepared_from_another_corpus(workdir):
 
 
 def test_a_folder_that_holds_a_run_or_is_in_use_by_one_is_refused(workdir):
-    with train.claim(Path("out/a"), None, train.TrainConfig()):
+    with train.claim(Path("out/a"), train.TrainConfig()):
         assert "another process writes to out/a right now" in refusal(
             run_train, "--out_dir=out/a")
     with pytest.raises(ValueError, match="not finite") as kept:  # as a notebook keeps its error
@@ -1364,7 +1378,7 @@ def test_texts_that_make_no_two_splits_are_refused(tmp_path, texts, part):
      "KeyError: 'sha256'")])
 def test_a_damaged_data_set_is_refused(corpus, damage, part):
     damage(corpus)
-    with pytest.raises(ValueError, match=f"{part}.* move it away, if it is there, and make one"):
+    with pytest.raises(ValueError, match=f"{part}.* move it away and make one"):
         open_dataset(corpus, 8, 320)
 
 
@@ -1580,6 +1594,14 @@ def test_differences_in_perplexity_are_paired_by_seed():
     runs = {f"mine-{seed}": a_run(4.0, seed, router="mine", router_code="b") for seed in aux} | {
         f"aux-{seed}": a_run(4.0, seed) for seed in aux}
     assert "aux - mine: +0.00" in analyze.paired_differences(analyze.group_runs(runs))[0]
+    runs = {f"{name}-{seed}": a_run(4.0, seed, router="mine", router_code=code, learning_rate=rate)
+            for name, code, rate in (("a", "b", 1), ("c", "d", 2)) for seed in aux}
+    assert not analyze.paired_differences(analyze.group_runs(runs))
+
+
+def test_a_run_that_is_measured_with_another_code_of_its_router_is_marked():
+    groups = analyze.group_runs({"mine-1": a_run(edited="router_code to b"), "a": a_run()})
+    assert [group.label for group in groups] == ["mine-1 (router edited)", "a"]
 
 
 # ---------------------------------------------------------------- a model under observation

@@ -149,7 +149,7 @@ def parse_args(argv: list[str]) -> tuple:
 
 
 def check_resume(checkpoint: dict, c: TrainConfig) -> None:
-    """Raises ValueError if no step is left to do, or if a setting has changed that makes it another
+    """Raises ValueError if nothing is left to do, or if a setting has changed that makes it another
     run. Another max_iters (it stretches the cosine of the learning rate) and edited code are
     allowed: begin() notes them."""
     # a field that you have added to the code since was at its default
@@ -158,7 +158,8 @@ def check_resume(checkpoint: dict, c: TrainConfig) -> None:
         if old[name] != getattr(c, name):
             raise ValueError(f"the run in {c.out_dir} was trained with {name} = {old[name]!r} and "
                              f"cannot go on with {getattr(c, name)!r}; start another one.")
-    if checkpoint["step"] >= c.max_iters:
+    # killed in its last evaluation, it has that left to do
+    if checkpoint["step"] >= c.max_iters + (checkpoint["evaluation"] is None):
         raise ValueError(f"the run in {c.out_dir} has done {checkpoint['step']} steps of "
                          f"{c.max_iters}; pass a larger --max_iters to go on.")
 
@@ -292,10 +293,9 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
 
 # ---------------------------------------------------------------- the files of a run
 
-def claim(out_dir: Path, checkpoint: dict | None, c: TrainConfig):
+def claim(out_dir: Path, c: TrainConfig):
     """-> a locked file: until it is closed, no other run can be in out_dir. Raises ValueError if
-    one is in it, or, without --resume or --overwrite, has been in it, or, with --resume, has gone
-    on since its checkpoint was loaded."""
+    one is in it or, without --resume or --overwrite, has been in it."""
     names = [name for name in ("ckpt.pt", "log.jsonl") if (out_dir / name).exists()]
     if names and not (c.resume or c.overwrite):
         go_on = "--resume to go on with it, " if "ckpt.pt" in names else ""
@@ -305,9 +305,6 @@ def claim(out_dir: Path, checkpoint: dict | None, c: TrainConfig):
         raise ValueError(f"{out_dir} holds the folders of other runs; name one for this run.")
     out_dir.mkdir(parents=True, exist_ok=True)
     file = lock(out_dir)  # before the folder is renamed: a run may be in it
-    if checkpoint and checkpoint["step"] != torch.load(
-            out_dir / "ckpt.pt", map_location="cpu", mmap=True, weights_only=True)["step"]:
-        raise ValueError(f"another process has gone on with {out_dir} meanwhile; start again.")
     if names and c.overwrite:
         old = free_path(out_dir.parent, f"{out_dir.name}.old")
         out_dir.rename(old)  # the lock goes along
@@ -332,6 +329,21 @@ def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
     return open_dataset(folder, c.block_size, c.vocab_size, sha256)
 
 
+def check_claim(file, out_dir: Path) -> None:
+    """Raises ValueError if out_dir is no longer the folder of the locked file: two runs would mix,
+    or this one would lie in two places."""
+    path = out_dir / "lock"
+    there = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    if not there and file.name != os.devnull:
+        raise ValueError(f"{out_dir} was moved or replaced while a run wrote to it; its last "
+                         "checkpoint lies where the folder is now, go on with --resume there.")
+
+
+def write_log(out_dir: Path, records: list[dict]) -> None:
+    with replacing(out_dir / "log.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
 def append(record: dict, log: Path) -> None:
     try:
         with open(log, "a") as file:
@@ -340,18 +352,9 @@ def append(record: dict, log: Path) -> None:
         print(f"{log} lacks step {record['step']} ({error.strerror}).", file=sys.stderr)
 
 
-def describe(c: TrainConfig, dtype: torch.dtype, data) -> dict:
-    """What a checkpoint says of its run, to which begin() adds its past."""
-    config = asdict(c) | {"dtype": str(dtype).removeprefix("torch."),  # what auto came to
-                          "resume": False, "overwrite": False}
-    return dict(
-        config=config, log=[], history=[], sha256=data.meta["sha256"],
-        tokenizer=data.meta["tokenizer"]["name"], **code_of(c.router))
-
-
 def save_checkpoint(path: Path, about: dict, model, optimizer, step: int,
                     evaluation: dict | None) -> None:
-    """`evaluation`: the last one, metrics and load (n_layer, E); None before it."""
+    """`evaluation`: that of finish(), metrics and load (n_layer, E); None before it."""
     state = about | dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                          evaluation=evaluation, rng=torch.get_rng_state())
     with replacing(path) as temporary:
@@ -449,42 +452,14 @@ def stop_requests():
             signal.signal(number, handler)
 
 
-def finish(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
-    """What the user sees last: a sample that goes on with validation text, and three lines."""
-    try:
-        tokenizer = get_tokenizer(data.meta["tokenizer"]["name"])
-    except ValueError as error:  # a node without network may lack the vocabulary
-        print(f"No sample: {error}")
-    else:
-        start = torch.from_numpy(data.val[:min(100, c.block_size)].astype("int64"))     # (n)
-        with autocast:
-            idx = model.generate(start[None].to(model.head.weight.device), 256, temperature=0.8)
-        ids = idx[0].tolist()
-        rule = "-" * 30
-        print(f"{rule} validation text {rule}\n{printable(tokenizer, ids[:len(start)])}\n"
-              f"{rule} the model goes on {rule}\n{printable(tokenizer, ids[len(start):])}\n"
-              f"{'-' * 80}")
-    collapsed = (c.n_expert / c.top_k - 1) ** 0.5  # the CV where K experts share all tokens
-    print(f"validation perplexity {metrics['perplexity']:.3f} a token "
-          f"({metrics['val_loss']:.3f} nats), on {metrics['val_tokens']:,} tokens")
-    print(f"load CV {c.n_expert * metrics['load_std']:.3f} (even load: 0, all tokens to {c.top_k} "
-          f"experts: {collapsed:.3f})")
-    print(f"the run lies in {c.out_dir}; next: "
-          + command(Path(__file__).with_name("analyze.py"), c.out_dir))
-
-
-def command(script: Path, *flags: str, processes: int = 1) -> str:
-    """What the user types next, in the folder where they are."""
-    name = script.name if script.parent == Path.cwd() else str(script)
-    launcher = ["python"] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
-    return shlex.join([*launcher, name, *flags])
-
-
 def begin(c: TrainConfig, model, checkpoint: dict | None, data, machine: Machine) -> tuple:
     """Starts a run, or goes on with what load_checkpoint gave, and writes its log up to here
-    -> (model, optimizer, step, what describe() says of it)."""
+    -> (model, optimizer, step, what its checkpoints say of it)."""
     out_dir = Path(c.out_dir)
-    about = describe(c, machine.dtype, data)
+    config = asdict(c) | {"dtype": str(machine.dtype).removeprefix("torch."),  # what auto came to
+                          "resume": False, "overwrite": False}
+    about = dict(config=config, history=[], sha256=data.meta["sha256"],
+                 tokenizer=data.meta["tokenizer"]["name"], **code_of(c.router))
     if checkpoint:
         optimizer = make_optimizer(model.to(machine.device), c)
         # a copy: its tensors would be mapped from the file, which Windows then lets none replace
@@ -492,11 +467,11 @@ def begin(c: TrainConfig, model, checkpoint: dict | None, data, machine: Machine
         torch.set_rng_state(checkpoint["rng"])  # for a router that draws noise, and the sample
         step, about["log"] = checkpoint["step"], checkpoint["log"]
         # with other code or another max_iters it is no longer the run that it was: note that, as
-        # [step of the change, what, old value], and keep what it was. (max_iters is inside config,
-        # the hashes of the code are beside it.)
-        before, now = checkpoint["config"] | checkpoint, about["config"] | about
-        changes = [[step, what, before[what]] for what in ("max_iters", "code", "router_code")
-                   if now[what] != before[what]]
+        # [step of the change, what, old value], and keep what it was
+        changes = [[step, what, old] for what, old, new in (
+            ("max_iters", checkpoint["config"]["max_iters"], c.max_iters),
+            ("code", checkpoint["code"], about["code"]),
+            ("router_code", checkpoint["router_code"], about["router_code"])) if new != old]
         about["history"] = checkpoint["history"] + changes
         if machine.master and changes:
             with replacing(out_dir / f"ckpt-{step}.pt") as temporary:
@@ -510,14 +485,15 @@ def begin(c: TrainConfig, model, checkpoint: dict | None, data, machine: Machine
         metrics, _ = evaluate(model, data, c.eval_tokens, machine, c)
         about["log"] = [{"step": 0} | dict.fromkeys(
             ("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu")) | metrics]
-    if machine.master:  # log.jsonl forgets what came after the checkpoint
-        with replacing(out_dir / "log.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in about["log"]))
+    if machine.master:
+        write_log(out_dir, about["log"])  # it forgets what came after the checkpoint
     return model, optimizer, step, about
 
 
-def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, c: TrainConfig):
-    """From `step` to max_iters, or until somebody asks to stop."""
+def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Machine,
+          c: TrainConfig) -> int:
+    """From `step` to max_iters, or until somebody asks to stop -> the step that it came to.
+    `file`: the locked one of claim()."""
     device, dtype, autocast, rank, world_size = machine
     log_path, checkpoint_path = Path(c.out_dir, "log.jsonl"), Path(c.out_dir, "ckpt.pt")
     model = compiled(raw_model) if c.compile else raw_model
@@ -557,9 +533,10 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
             stop = bool(sum_over_processes(torch.tensor(len(signals))))
 
             # measure, once in a while
-            last = step == c.max_iters
-            evaluating = last or step % c.eval_interval == 0
-            if not (stop or evaluating or step % c.log_interval == 0):
+            last = step == c.max_iters  # finish() evaluates, and a kill there loses nothing
+            evaluating = step % c.eval_interval == 0 and not last
+            saving = evaluating or stop or last
+            if not (saving or step % c.log_interval == 0):
                 continue
             # this waits for the device
             train_loss, aux_loss = (sum_over_processes(losses) / world_size).tolist()
@@ -570,33 +547,81 @@ def train(raw_model, optimizer, step: int, about: dict, data, machine: Machine, 
             bar.set_postfix(loss=f"{train_loss:.3f}")
             check_finite(record, raw_model, checkpoint_path)
             if evaluating:
-                if last and machine.master:  # its evaluation is long: a kill in it loses nothing
-                    save_checkpoint(checkpoint_path, about, raw_model, optimizer, step, None)
                 # the model that is not compiled: evaluation is rare, and need not compile again
-                n_tokens = c.final_eval_tokens if last else c.eval_tokens
-                metrics, loads = evaluate(raw_model, data, n_tokens, machine, c)
+                metrics, _ = evaluate(raw_model, data, c.eval_tokens, machine, c)
                 record |= metrics
                 check_finite(record, raw_model, checkpoint_path)
+            about["log"].append(record)
 
-            # save: the log at each measurement, a checkpoint at each evaluation and on a stop
+            # save: the log at each measurement, a checkpoint at each evaluation and at the end
             if machine.master:
-                about["log"].append(record)
+                check_claim(file, Path(c.out_dir))
                 append(record, log_path)
-                if evaluating or stop:
-                    save_checkpoint(checkpoint_path, about, raw_model, optimizer, step,
-                                    (metrics | {"load": loads}) if last else None)
+                if saving:
+                    try:
+                        save_checkpoint(checkpoint_path, about, raw_model, optimizer, step, None)
+                    except OSError as error:
+                        if stop or last:
+                            raise
+                        tqdm.write(f"{error} The next evaluation tries again.")
                 if evaluating:
-                    tqdm.write(", ".join(
-                        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                        for key, value in ({"step": step} | metrics).items()))
+                    show(step, metrics)
             start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
     bar.close()
-    if machine.master and step < c.max_iters:
-        print(f"stopped and saved at step {step}; go on with: "
-              + command(Path(__file__), f"--out_dir={c.out_dir}", "--resume",
-                        processes=world_size))
-    elif machine.master:
-        finish(raw_model, data, metrics, autocast, c)
+    return step
+
+
+def finish(model, optimizer, about: dict, data, file, machine: Machine, c: TrainConfig) -> None:
+    """The last evaluation, on more tokens, and the checkpoint that holds it."""
+    out_dir, record = Path(c.out_dir), about["log"][-1]
+    metrics, loads = evaluate(model, data, c.final_eval_tokens, machine, c)
+    record |= metrics
+    check_finite(record, model, out_dir / "ckpt.pt")
+    if not machine.master:
+        return
+    check_claim(file, out_dir)
+    save_checkpoint(out_dir / "ckpt.pt", about, model, optimizer, c.max_iters,
+                    metrics | {"load": loads})
+    write_log(out_dir, about["log"])
+    show(c.max_iters, metrics)
+    show_result(model, data, metrics, machine.autocast, c)
+
+
+def show_result(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
+    """What the user sees last: a sample that goes on with validation text, and three lines."""
+    try:
+        tokenizer = get_tokenizer(data.meta["tokenizer"]["name"])
+    except ValueError as error:  # a node without network may lack the vocabulary
+        print(f"No sample: {error}")
+    else:
+        start = torch.from_numpy(data.val[:min(100, c.block_size)].astype("int64"))     # (n)
+        with autocast:
+            idx = model.generate(start[None].to(model.head.weight.device), 256, temperature=0.8)
+        ids = idx[0].tolist()
+        rule = "-" * 30
+        print(f"{rule} validation text {rule}\n{printable(tokenizer, ids[:len(start)])}\n"
+              f"{rule} the model goes on {rule}\n{printable(tokenizer, ids[len(start):])}\n"
+              f"{'-' * 80}")
+    collapsed = (c.n_expert / c.top_k - 1) ** 0.5  # the CV where K experts share all tokens
+    print(f"validation perplexity {metrics['perplexity']:.3f} a token "
+          f"({metrics['val_loss']:.3f} nats), on {metrics['val_tokens']:,} tokens")
+    print(f"load CV {c.n_expert * metrics['load_std']:.3f} (even load: 0, all tokens to {c.top_k} "
+          f"experts: {collapsed:.3f})")
+    print(f"the run lies in {c.out_dir}; next: "
+          + command(Path(__file__).with_name("analyze.py"), c.out_dir))
+
+
+def show(step: int, metrics: dict) -> None:
+    """One line on an evaluation, above the progress bar."""
+    tqdm.write(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                         for key, value in ({"step": step} | metrics).items()))
+
+
+def command(script: Path, *flags: str, processes: int = 1) -> str:
+    """What the user types next, in the folder where they are."""
+    name = script.name if script.parent == Path.cwd() else str(script)
+    launcher = ["python"] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
+    return shlex.join([*launcher, name, *flags])
 
 
 def main(argv: list[str]) -> None:
@@ -606,10 +631,16 @@ def main(argv: list[str]) -> None:
         return bench(c)
     machine = set_up(c)
     data = open_data(c, machine, checkpoint["sha256"] if checkpoint else None)
-    with claim(Path(c.out_dir), checkpoint, c) if machine.master else nullcontext():
+    with claim(Path(c.out_dir), c) if machine.master else nullcontext() as file:
         model, optimizer, step, about = begin(c, model, checkpoint, data, machine)
         del checkpoint  # it is mapped from the file
-        train(model, optimizer, step, about, data, machine, c)
+        step = train(model, optimizer, step, about, data, file, machine, c)
+        if step == c.max_iters:
+            finish(model, optimizer, about, data, file, machine, c)
+        elif machine.master:
+            print(f"stopped and saved at step {step}; go on with: " + command(
+                Path(__file__), f"--out_dir={c.out_dir}", "--resume",
+                processes=machine.world_size))
     if machine.world_size > 1:  # together: one that leaves early can take gloo's threads down
         dist.barrier()
         dist.destroy_process_group()
