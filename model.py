@@ -561,20 +561,17 @@ def expert_colors(E: int) -> list[tuple[float, float, float]]:
 def main(argv: list[str]) -> None:
     from prepare_data import Parser, encode, get_tokenizer, printable  # not for the model itself
     parser = Parser(description="The model of a run writes. On a terminal each token stands on the "
-                                "colour of the expert that it goes to first.", allow_abbrev=False)
+                                "colour of the expert that it goes to first, in the middle layer.",
+                    allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, as out/kmeans")
     parser.add_argument("--start", default="def ", help="what to go on with (default: 'def ')")
     parser.add_argument("--tokens", type=int, default=400, help="how many (default: 400)")
     parser.add_argument("--temperature", type=float, default=0.8,
                         help="0: always the likeliest token (default: 0.8)")
-    parser.add_argument("--layer", type=int, help="whose experts (default: the middle layer)")
     args = parser.parse_args(argv)
     model, checkpoint = load_checkpoint(Path(os.path.expanduser(args.run), "ckpt.pt"))
     if any(checkpoint[key] != now for key, now in code_of(model.config.router).items()):
         print(f"{args.run} was trained before the code was edited.", file=sys.stderr)
-    layer = model.config.n_layer // 2 if args.layer is None else args.layer
-    if not 0 <= layer < model.config.n_layer:
-        raise ValueError(f"--layer must be from 0 to {model.config.n_layer - 1}, not {layer}.")
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     start = encode(tokenizer, args.start).tolist() or [tokenizer.eot_token]
     idx = model.generate(torch.tensor([start]), args.tokens, args.temperature)      # (1, n)
@@ -586,7 +583,8 @@ def main(argv: list[str]) -> None:
         # context than the model had as it wrote
         for window in idx.split(model.config.block_size, dim=1):
             model(window)
-    experts = torch.cat([routing.indices[:, 0] for _, routing in seen[layer]])      # (n)
+    middle = seen[model.config.n_layer // 2]
+    experts = torch.cat([routing.indices[:, 0] for _, routing in middle])           # (n)
     colors, texts = expert_colors(model.config.n_expert), []
     for token, expert in zip(ids, experts.tolist()):
         r, g, b = (int(255 * value) for value in colors[expert])

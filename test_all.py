@@ -887,7 +887,7 @@ def test_on_a_terminal_each_token_stands_on_the_colour_of_its_expert(workdir, mo
     run_train("--out_dir=out/a")
     capsys.readouterr()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    model.main(["out/a", "--start=12345678901234567890", "--tokens=30", "--layer=1"])
+    model.main(["out/a", "--start=12345678901234567890", "--tokens=30"])
     cells = re.findall(r"48;2;(\d+;\d+;\d+)m.?\033\[0m", capsys.readouterr().out, re.DOTALL)
     net, _ = load_checkpoint("out/a/ckpt.pt")
     with watch(net.eval().routers()) as seen:
