@@ -957,13 +957,13 @@ def main(argv: list[str]) -> None:
     with lock(path.parent):
         try:
             collect(sources, args, runs)
-            if not runs:
-                raise ValueError("no run is left to analyze.")
         finally:  # Ctrl-C loses no run that was measured
             if runs:
                 groups = group_runs(runs)
                 print_table(runs, groups)
                 write_metrics(path, runs)
+        if not runs:
+            raise ValueError("no run is left to analyze.")
         try:
             figures = draw_figures(groups, path.parent)
         except ImportError:

@@ -1801,6 +1801,18 @@ def test_broken_runs_get_a_sentence_each_and_the_others_are_done(workplace, tmp_
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
 
 
+def test_a_bug_in_an_own_router_leaves_out_its_run_with_a_traceback(
+        workplace, tmp_path, monkeypatch, capsys):
+    with inside(workplace):
+        monkeypatch.setitem(ROUTERS, "own", ROUTERS["aux"])
+        train.main([*RUN, "--router=own", "--max_iters=1", f"--out_dir={tmp_path}/own"])
+    monkeypatch.setitem(ROUTERS, "own", type("Own", (ROUTERS["aux"],), {"score": None}))
+    analyze_in(workplace, tmp_path / "own", "out/aux-1", "--tokens=64", f"--out_dir={tmp_path}")
+    printed = capsys.readouterr()
+    assert "own is left out: Traceback" in printed.err and "'NoneType' object" in printed.err
+    assert "| aux-1 | aux |" in printed.out
+
+
 def test_runs_of_the_same_name_are_told_apart_and_the_home_folder_is_found(
         workplace, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
