@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from model import (
     INCIDENTAL, code_hash, code_of, expert_activations, expert_colors, load_balance,
-    load_checkpoint, perplexity, router_cosines, router_similarity, spearman, validate, watch)
+    load_checkpoint, perplexity, probe, router_cosines, router_similarity, spearman, validate,
+    watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_tokenizer, lock, mistake, open_corpus, open_dataset,
     printable, replacing, visible)
@@ -87,28 +88,33 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     data = open_dataset(Path("data", config["dataset"]), c.block_size, c.vocab_size,
                         checkpoint["sha256"])
 
-    def batches(n):  # n validation tokens, spaced as train.py spaces them, about 1,024 at a time
-        return list(eval_batches(data, n, block_size=c.block_size, device=device,
-                                 batch_size=max(1, 1024 // c.block_size)))
+    def batches(n, size=max(1, 1024 // c.block_size)):  # n tokens, the windows of train.py
+        return list(eval_batches(data, n, block_size=c.block_size, device=device, batch_size=size))
 
     model.to(device).eval()
-    if not evaluation:  # the run was stopped before its end: as train.py would have done it
-        with torch.autocast(torch.device(device).type, torch.bfloat16,
-                            enabled=config["dtype"] == "bfloat16"):
+    with torch.autocast(torch.device(device).type, torch.bfloat16,
+                        enabled=config["dtype"] == "bfloat16"):  # as train.py does it
+        now = probe(model, batches(2048, size=1))
+        if not evaluation:  # the run was stopped before its end
             loss, n, load = validate(model, tqdm(batches(config["final_eval_tokens"]), folder.name,
                                                  **BAR))
-        evaluation = {"val_loss": loss / n, "val_tokens": n, "load": load}
+            evaluation = {"val_loss": loss / n, "val_tokens": n, "load": load, "probe": now}
+    repeated = compare_probes(now, evaluation["probe"])
+    if repeated != "yes":
+        warn(f"{folder} is not what it was with the code as it is now ({repeated}): this says "
+             "nothing of the router that was trained.")
     tokens, layers = observe_layers(
         model, tqdm(batches(n_tokens), folder.name, **BAR), evaluation["load"].to(device),
         gradient_shares(model, *batches(1024)[0]))
     history = [f"{what} was {old} to step {step}"  # what a --resume has changed
                for step, what, old in checkpoint["history"]]
-    trained, now = {key: checkpoint[key] for key in ("code", "router_code")}, code_of(c.router)
+    trained, code = {key: checkpoint[key] for key in ("code", "router_code")}, code_of(c.router)
     # runs are averaged over seeds only if all of this is equal. A field that is newer than the run
     # has its default, as in the model
     settings = vars(c) | config | trained | MEASURED_BY | {
-        "edited": ", ".join(f"{key} to {now[key]}" for key in now if now[key] != trained[key])
+        "edited": ", ".join(f"{key} to {code[key]}" for key in code if code[key] != trained[key])
                   or "no",
+        "repeated": repeated,
         "history": ", ".join(history) or "none",
         "data_sha256": checkpoint["sha256"]["train.bin"][:12],
         "val_sha256": checkpoint["sha256"]["val.bin"][:12]}
@@ -123,6 +129,16 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         text_of = lambda token: f"<{token}>"
         warn(f"experts.png shows token ids: {error}")
     return Observed(about, tokens, text_of, layers)
+
+
+def compare_probes(now: dict, then: dict) -> str:
+    """Two probes of one model -> "yes" if they agree, but for what rounding can do, in bfloat16
+    too; else what differs."""
+    moved = (now["load"] - then["load"]).abs().sum().item() / 2 / then["load"].sum().item()
+    if abs(now["loss"] - then["loss"]) < 0.002 * then["loss"] and moved < 0.01:
+        return "yes"
+    return (f"on 2,048 tokens a loss of {now['loss']:.4g} for {then['loss']:.4g}, at least "
+            f"{moved:.1%} routed elsewhere")
 
 
 @torch.no_grad()
@@ -544,8 +560,8 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
 
 def group_runs(runs: dict[str, dict]) -> list[Group]:
     """The groups, in the order of their first runs. The label of one run is its name, that of
-    several NAME or, where two groups have that NAME, like NAME-1,3. A run that was measured with
-    another code of its own router than it was trained with is marked in every figure."""
+    several NAME or, where two groups have that NAME, like NAME-1,3. A run that the code as it is
+    now does not repeat is marked in every figure."""
     found = {}
     for name, run in runs.items():
         base = name.removesuffix(f"-{run['seed']}")
@@ -558,8 +574,8 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
         seeds = ",".join(str(runs[name]["seed"]) for name in members)
         label = members[0] if len(members) == 1 else (
             base if bases.count(base) == 1 else f"{base}-{seeds}")
-        if "router_code" in runs[members[0]]["settings"].get("edited", ""):
-            label += " (router edited)"
+        if runs[members[0]]["settings"].get("repeated", "yes") != "yes":
+            label += " (not repeated)"
         # the first group of a router has the fixed style
         color, line, marker = styles.pop(runs[members[0]]["router"], None) or next(others)
         groups.append(Group(label, [runs[name] for name in members], dict(
@@ -609,7 +625,8 @@ def paired_differences(groups: list[Group]) -> list[str]:
     for earlier, later in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in later.runs for y in earlier.runs
                  if x["seed"] == y["seed"]]
-        different = differing([later, earlier]).keys() - {"measured_by", "edited"}  # it is older
+        different = differing([later, earlier]).keys() - {
+            "measured_by", "edited", "repeated"}  # perplexity is older
         if "router" in different:  # a router of your own is a name and its code
             different -= {"router_code"}
         if len(pairs) > 1 and len(different) <= 1 and not different & OTHER_TEXT:
@@ -640,12 +657,13 @@ def curve(run: dict, key: str) -> dict[int, float]:
 
 
 def draw_curves(ax, group: Group, curves: list[dict]) -> None:
-    """curves: {step: value} per seed; drawn where all seeds have a value."""
-    steps = sorted(set.intersection(*map(set, curves)))
-    if steps:
+    """curves: {step: value} per seed; at the steps of the first, between those of the others."""
+    if all(curves):  # one expert has no similarity
+        steps = [step for step in curves[0] if step <= min(map(max, curves))]
         tokens = math.prod(group.runs[0]["settings"][key] for key in (
             "batch_size", "gradient_accumulation_steps", "block_size"))
-        values = np.array([[points[step] for step in steps] for points in curves])  # (seeds, steps)
+        values = np.array([np.interp(steps, [*points], [*points.values()])
+                           for points in curves])                        # (seeds, steps)
         draw_line(ax, group, np.array(steps) * tokens / 1e6, values)
     ax.set_xlabel("training tokens (millions)")
     ax.locator_params("x", nbins=4)
@@ -940,6 +958,9 @@ def print_table(runs: dict[str, dict], groups: list[Group]) -> None:
     if edited := [name for name, run in runs.items()
                   if run["settings"].get("edited", "no") != "no"]:
         print(f"\nMeasured with code that was edited since the training: {', '.join(edited)}.")
+    for name, run in runs.items():
+        if (history := run["settings"].get("history", "none")) != "none":
+            print(f"\n{name} changed on its way: {history}.")
     if len(groups) > 1:
         print("", differing_settings(groups), *paired_differences(groups), sep="\n")
 
@@ -960,8 +981,10 @@ def main(argv: list[str]) -> None:
         finally:  # Ctrl-C loses no run that was measured
             if runs:
                 groups = group_runs(runs)
-                print_table(runs, groups)
-                write_metrics(path, runs)
+                try:
+                    print_table(runs, groups)  # its reader may be gone, as in | head
+                finally:
+                    write_metrics(path, runs)
         if not runs:
             raise ValueError("no run is left to analyze.")
         try:

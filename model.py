@@ -415,6 +415,14 @@ def validate(model: SMoETransformer, batches) -> tuple[float, int, Tensor]:
     return loss, n, loads
 
 
+def probe(model: SMoETransformer, batches) -> dict:
+    """Mean loss and load (n_layer, E) on a few validation tokens. train.py notes them at the end of
+    a run, analyze.py repeats them, to see whether the code still computes what it did."""
+    torch.manual_seed(0)  # for what a router of your own draws
+    loss, n, load = validate(model, batches)
+    return {"loss": loss / n, "load": load.cpu()}
+
+
 @torch.no_grad()
 def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
     """batches of idx and targets (B, T) -> (n_layer): the rank correlation over tokens of router
@@ -507,8 +515,9 @@ def router_class(name: str) -> type | None:
 
 @cache  # as the files were when a run began: they may be edited while it trains
 def code_hash(*names: str) -> str:
-    """-> 12 digits of the SHA-256 of the modules of these names that lie beside this file."""
-    paths = [Path(__file__).with_name(f"{name}.py") for name in names]
+    """-> 12 digits of the SHA-256 of the modules of these names that lie beside this file, or in
+    folders there."""
+    paths = [Path(__file__).parent / (name.replace(".", "/") + ".py") for name in names]
     code = b"".join(path.read_bytes() for path in paths if path.exists())
     return hashlib.sha256(code).hexdigest()[:12]
 

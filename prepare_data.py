@@ -247,8 +247,10 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
                        f"{counts['train']:,} and {counts['val']:,} documents; left out: "
                        f"{counts['broken']:,} broken files and {counts['duplicate']:,} duplicates")
             if not (meta["n_train"] and meta["n_val"]):
-                raise ValueError(f"{dataset} is too small to split: it makes {summary}; pass a "
-                                 "larger --val_fraction, or join the texts into one file.")
+                advice = ("convert the broken ones to UTF-8" if counts["broken"] else
+                          f"pass a {'smaller' if meta['n_val'] else 'larger'} --val_fraction, or "
+                          "join the texts into one file")
+                raise ValueError(f"{dataset} makes no two splits, but {summary}; {advice}.")
             folder.rename(target)  # fails if another process has made it meanwhile
     except OSError as error:
         raise OSError(f"{target} could not be made ({error}): make room on the disk, correct the "

@@ -653,7 +653,7 @@ def test_a_run_that_goes_on_beyond_its_plan_says_so_and_keeps_its_first_result(w
     run_train("--out_dir=out/a", "--max_iters=3")
     resume("--max_iters=6")
     assert checkpoint_of("out/a")["history"] == [[3, "max_iters", 3]]
-    model, checkpoint = load_checkpoint("out/a/ckpt-3.pt")
+    model, checkpoint = load_checkpoint("out/a/ckpt-3-1.pt")
     assert checkpoint["evaluation"]["val_tokens"] == 128 and checkpoint["history"] == []
 
 
@@ -675,17 +675,19 @@ def test_a_run_that_goes_on_with_edited_code_says_so_and_is_another_experiment(
 
 def test_a_run_knows_the_code_of_its_own_router_and_base_classes_and_of_no_other(
         tmp_path, monkeypatch):
-    for name in ("model", "routers", "prepare_data", "train", "base", "mine", "other"):
+    (tmp_path / "lib").mkdir()
+    for name in ("model", "routers", "prepare_data", "train", "lib/base", "mine", "other"):
         (tmp_path / f"{name}.py").write_text(name)
-    base = type("Base", (ROUTERS["aux"],), {"__module__": "base"})
+    base = type("Base", (ROUTERS["aux"],), {"__module__": "lib.base"})
     monkeypatch.setitem(ROUTERS, "mine", type("Mine", (base,), {"__module__": "mine"}))
     monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
     monkeypatch.setattr(model, "code_hash", model.code_hash.__wrapped__)
     before = model.code_of("aux"), model.code_of("mine")
     assert before[0]["code"] == before[1]["code"]
     assert before[0]["router_code"] != before[1]["router_code"]
-    for edited, changes in (("other", [0, 0, 0, 0]), ("mine", [0, 0, 0, 1]), ("base", [0, 0, 0, 1]),
-                            ("train", [1, 0, 1, 0]), ("aux", [0, 1, 0, 0])):
+    for edited, changes in (("other", [0, 0, 0, 0]), ("mine", [0, 0, 0, 1]),
+                            ("lib/base", [0, 0, 0, 1]), ("train", [1, 0, 1, 0]),
+                            ("aux", [0, 1, 0, 0])):
         (tmp_path / f"{edited}.py").write_text("edited")
         after = model.code_of("aux"), model.code_of("mine")
         assert changes == [old[key] != new[key] for old, new in zip(before, after) for key in old]
@@ -1361,8 +1363,8 @@ def test_the_command_prepares_a_data_set_and_says_so_in_one_line(tmp_path, monke
 
 
 @pytest.mark.parametrize("texts, part", [
-    ({"a": "x"}, "too small to split"), ({"a": b"ok\n" * 50 + b"\xc3"}, "as UTF-8"),
-    ({"a": b"\xff", "b": b"\xfe"}, "0 documents; left out: 2 broken")])
+    ({"a": "x"}, "pass a smaller --val_fraction"), ({"a": b"ok\n" * 50 + b"\xc3"}, "as UTF-8"),
+    ({"a": b"\xff", "b": b"\xfe"}, "2 broken files and 0 duplicates; convert the broken ones")])
 def test_texts_that_make_no_two_splits_are_refused(tmp_path, texts, part):
     assert part in refusal(prepared, tmp_path, texts)
     assert not os.listdir(tmp_path / "data")
@@ -1599,9 +1601,9 @@ def test_differences_in_perplexity_are_paired_by_seed():
     assert not analyze.paired_differences(analyze.group_runs(runs))
 
 
-def test_a_run_that_is_measured_with_another_code_of_its_router_is_marked():
-    groups = analyze.group_runs({"mine-1": a_run(edited="router_code to b"), "a": a_run()})
-    assert [group.label for group in groups] == ["mine-1 (router edited)", "a"]
+def test_a_run_that_is_not_repeated_is_marked_in_every_figure():
+    groups = analyze.group_runs({"mine-1": a_run(repeated="no, loss 2 for 1"), "a": a_run()})
+    assert [group.label for group in groups] == ["mine-1 (not repeated)", "a"]
 
 
 # ---------------------------------------------------------------- a model under observation
@@ -1811,6 +1813,35 @@ def test_a_bug_in_an_own_router_leaves_out_its_run_with_a_traceback(
     printed = capsys.readouterr()
     assert "own is left out: Traceback" in printed.err and "'NoneType' object" in printed.err
     assert "| aux-1 | aux |" in printed.out
+
+
+def test_a_run_that_the_code_does_not_repeat_and_one_that_changed_are_named(
+        workplace, tmp_path, monkeypatch, capsys):
+    shutil.copytree(workplace / "out/kmeans-1", tmp_path / "more")
+    with inside(workplace):
+        train.main([f"--out_dir={tmp_path}/more", "--resume", "--max_iters=9"])
+    kmeans = ROUTERS["kmeans"]
+    monkeypatch.setattr(kmeans, "score", lambda self, x, score=kmeans.score: tuple(
+        -value for value in score(self, x)))
+    capsys.readouterr()
+    analyze_in(workplace, "out/aux-1", "out/kmeans-1", tmp_path / "more", "--tokens=64",
+               f"--out_dir={tmp_path}")
+    out, err = capsys.readouterr()
+    assert re.findall(r"^(\S+) is not what it was with the code as it is", err, re.MULTILINE) == [
+        "out/kmeans-1", f"{tmp_path}/more"]
+    assert "more changed on its way: max_iters was 6 to step 6." in out
+    assert "aux-1 changed" not in out
+    assert analyze.group_runs(json.loads((tmp_path / "metrics.json").read_text()))[1].label == (
+        "kmeans-1 (not repeated)")
+
+
+def test_seeds_with_other_evaluation_steps_are_one_curve():
+    ax, group = mock.Mock(), analyze.group_runs({"a-1": a_run(
+        batch_size=1, gradient_accumulation_steps=1), "a-2": a_run(
+            seed=2, batch_size=1, gradient_accumulation_steps=1)})[0]
+    analyze.draw_curves(ax, group, [{0: 0.0, 10: 10.0, 20: 20.0}, {0: 0.0, 7: 21.0, 14: 42.0}])
+    assert ax.plot.call_args.args[0].tolist() == [0, 160e-6]  # steps 0 and 10, in millions
+    assert ax.plot.call_args.args[1].tolist() == [0, 20]
 
 
 def test_runs_of_the_same_name_are_told_apart_and_the_home_folder_is_found(
@@ -2157,6 +2188,13 @@ def test_an_analysis_keeps_the_numbers_of_the_last_one_and_none_of_its_figures_b
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
     assert (tmp_path / "metrics.old-1.json").read_text() == "mine"
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_an_analysis_whose_reader_has_gone_loses_no_number(workplace, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze, "print_table", mock.Mock(side_effect=BrokenPipeError))
+    with pytest.raises(BrokenPipeError):
+        analyze_in(workplace, "out/aux-1", "--tokens=64", f"--out_dir={tmp_path}")
+    assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
 
 
 def test_the_end_of_an_analysis_loses_no_run_that_was_measured(workplace, tmp_path, monkeypatch):

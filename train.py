@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from model import (
     INCIDENTAL, Config, SMoETransformer, code_of, config_of, coupling_spearman, load_balance,
-    load_checkpoint, perplexity, router_similarity, validate)
+    load_checkpoint, perplexity, probe, router_similarity, validate)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_batch, get_tokenizer, lock, open_dataset, prepare,
     printable, replacing)
@@ -268,9 +268,10 @@ def mean(values: torch.Tensor) -> float | None:
 
 
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
-    """-> (metrics for the log, see README.md; tokens that each expert got (n_layer, E)). Loss and
-    load are on n_tokens validation tokens, the same for every seed and batch size, divided among
-    the processes; the coupling on 2,048, the same for each process. Means are over layers."""
+    """-> (metrics for the log, see README.md; what analyze.py needs beside: the tokens that each
+    expert got (n_layer, E), and a probe to repeat). Loss and load are on n_tokens validation
+    tokens, the same for every seed and batch size, divided among the processes; coupling and probe
+    on 2,048, the same for each process. Means are over layers."""
     where = dict(block_size=c.block_size, batch_size=c.batch_size, device=machine.device)
     model.eval()
     # what a router of your own draws here at random leaves the training as it was
@@ -279,6 +280,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
         loss, n, loads = validate(model, eval_batches(
             data, n_tokens, rank=machine.rank, world_size=machine.world_size, **where))
         coupling = coupling_spearman(model, eval_batches(data, 2048, **where))
+        to_repeat = probe(model, eval_batches(data, 2048, **where | {"batch_size": 1}))
     model.train()
     loads = sum_over_processes(loads).cpu()                                           # (n_layer, E)
     sums = sum_over_processes(torch.tensor([loss, n], dtype=torch.double, device=machine.device))
@@ -288,7 +290,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     return {"val_loss": val_loss, "perplexity": perplexity(val_loss),
             "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
             "router_similarity": mean(similarity), "coupling_spearman": mean(coupling),
-            "val_tokens": int(sums[1])}, loads
+            "val_tokens": int(sums[1])}, {"load": loads, "probe": to_repeat}
 
 
 # ---------------------------------------------------------------- the files of a run
@@ -354,7 +356,7 @@ def append(record: dict, log: Path) -> None:
 
 def save_checkpoint(path: Path, about: dict, model, optimizer, step: int,
                     evaluation: dict | None) -> None:
-    """`evaluation`: that of finish(), metrics and load (n_layer, E); None before it."""
+    """`evaluation`: that of finish(), all that evaluate() gives; None before it."""
     state = about | dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                          evaluation=evaluation, rng=torch.get_rng_state())
     with replacing(path) as temporary:
@@ -474,10 +476,11 @@ def begin(c: TrainConfig, model, checkpoint: dict | None, data, machine: Machine
             ("router_code", checkpoint["router_code"], about["router_code"])) if new != old]
         about["history"] = checkpoint["history"] + changes
         if machine.master and changes:
-            with replacing(out_dir / f"ckpt-{step}.pt") as temporary:
+            kept = free_path(out_dir, f"ckpt-{step}-", ".pt")
+            with replacing(kept) as temporary:
                 shutil.copy(out_dir / "ckpt.pt", temporary)
             print(f"{' and '.join(what for _, what, _ in changes)} changed since step {step}; the "
-                  f"checkpoint as it was is kept as {out_dir}/ckpt-{step}.pt.")
+                  f"checkpoint as it was is kept as {kept}.")
     else:
         model = make_model(c, machine.device)  # the same on every rank
         optimizer = make_optimizer(model, c)
@@ -574,14 +577,13 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
 def finish(model, optimizer, about: dict, data, file, machine: Machine, c: TrainConfig) -> None:
     """The last evaluation, on more tokens, and the checkpoint that holds it."""
     out_dir, record = Path(c.out_dir), about["log"][-1]
-    metrics, loads = evaluate(model, data, c.final_eval_tokens, machine, c)
+    metrics, more = evaluate(model, data, c.final_eval_tokens, machine, c)
     record |= metrics
     check_finite(record, model, out_dir / "ckpt.pt")
     if not machine.master:
         return
     check_claim(file, out_dir)
-    save_checkpoint(out_dir / "ckpt.pt", about, model, optimizer, c.max_iters,
-                    metrics | {"load": loads})
+    save_checkpoint(out_dir / "ckpt.pt", about, model, optimizer, c.max_iters, metrics | more)
     write_log(out_dir, about["log"])
     show(c.max_iters, metrics)
     show_result(model, data, metrics, machine.autocast, c)
