@@ -741,6 +741,7 @@ def draw_similarity(fig, groups) -> None:
                f"all layers and seeds: mean {group.mean('router_similarity_signed'):+.3f},\n"
                f"mean |cosine| {group.mean('router_similarity'):.3f} "
                f"(chance: {group.mean('router_similarity_chance'):.3f})")
+        ax.xaxis.label.set_fontsize(8)  # captions side by side
     fig.colorbar(image, ax=axes, label="cosine of two router directions", shrink=0.7)
 
 
