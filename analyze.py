@@ -98,24 +98,24 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         if not evaluation:  # the run was stopped before its end
             loss, n, load = validate(model, tqdm(batches(config["final_eval_tokens"]), folder.name,
                                                  **BAR))
-            evaluation = {"val_loss": loss / n, "val_tokens": n, "load": load, "probe": now}
-    repeated = compare_probes(now, evaluation["probe"])
+            evaluation = {"val_loss": loss / n, "val_tokens": n, "load": load}
+    code = {key: checkpoint[key] for key in ("code", "router_code")}
+    if "probe" in evaluation:
+        repeated = compare_probes(now, evaluation["probe"])
+    else:
+        repeated = "yes" if code == code_of(c.router) else "stopped, and the code was edited since"
     if repeated != "yes":
-        warn(f"{folder} is not what it was with the code as it is now ({repeated}): this says "
+        warn(f"{folder} is not repeated by the code as it is now ({repeated}): its numbers may say "
              "nothing of the router that was trained.")
     tokens, layers = observe_layers(
         model, tqdm(batches(n_tokens), folder.name, **BAR), evaluation["load"].to(device),
         gradient_shares(model, *batches(1024)[0]))
     history = [f"{what} was {old} to step {step}"  # what a --resume has changed
                for step, what, old in checkpoint["history"]]
-    trained, code = {key: checkpoint[key] for key in ("code", "router_code")}, code_of(c.router)
     # runs are averaged over seeds only if all of this is equal. A field that is newer than the run
     # has its default, as in the model
-    settings = vars(c) | config | trained | MEASURED_BY | {
-        "edited": ", ".join(f"{key} to {code[key]}" for key in code if code[key] != trained[key])
-                  or "no",
-        "repeated": repeated,
-        "history": ", ".join(history) or "none",
+    settings = vars(c) | config | code | MEASURED_BY | {
+        "repeated": repeated, "history": ", ".join(history) or "none",
         "data_sha256": checkpoint["sha256"]["train.bin"][:12],
         "val_sha256": checkpoint["sha256"]["val.bin"][:12]}
     about = {
@@ -625,8 +625,7 @@ def paired_differences(groups: list[Group]) -> list[str]:
     for earlier, later in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in later.runs for y in earlier.runs
                  if x["seed"] == y["seed"]]
-        different = differing([later, earlier]).keys() - {
-            "measured_by", "edited", "repeated"}  # perplexity is older
+        different = differing([later, earlier]).keys() - {"measured_by", "repeated"}  # it is older
         if "router" in different:  # a router of your own is a name and its code
             different -= {"router_code"}
         if len(pairs) > 1 and len(different) <= 1 and not different & OTHER_TEXT:
@@ -956,9 +955,6 @@ def print_table(runs: dict[str, dict], groups: list[Group]) -> None:
     print(markdown_table([(name, [run]) for name, run in runs.items()]
                          + [(f"{group.label}, mean ± Std over seeds", group.runs)
                             for group in several]))
-    if edited := [name for name, run in runs.items()
-                  if run["settings"].get("edited", "no") != "no"]:
-        print(f"\nMeasured with code that was edited since the training: {', '.join(edited)}.")
     for name, run in runs.items():
         if (history := run["settings"].get("history", "none")) != "none":
             print(f"\n{name} changed on its way: {history}.")

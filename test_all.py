@@ -669,8 +669,8 @@ def test_a_run_that_goes_on_with_edited_code_says_so_and_is_another_experiment(
         capsys.readouterr().out)
     analyze.main(["out/a-1", "out/a-2", "--tokens=64"])
     printed = capsys.readouterr().out
-    assert "Measured with code that was edited since the training: a-2." in printed
     assert ", edited (a-2)" in printed and "over seeds" not in printed
+    assert "a-2 changed on its way: max_iters was 3 to step 3, code was" in printed
 
 
 def test_a_run_knows_the_code_of_its_own_router_and_base_classes_and_of_no_other(
@@ -1530,7 +1530,7 @@ def a_run(perplexity=4.0, seed=1, step=6, tokens=64, **settings):
     """What metrics.json says of a run, as far as the tables need it."""
     settings = {"router": "aux", "seed": seed, "max_iters": 6, "top_k": 2, "z_loss_coef": 0.0,
                 "data_sha256": "a", "val_sha256": "a", "code": "a", "router_code": "a",
-                "edited": "no", "measured_by": "a", "block_size": 16, "eval_tokens": 64,
+                "repeated": "yes", "measured_by": "a", "block_size": 16, "eval_tokens": 64,
                 "history": "none", "out_dir": f"out/{seed}"} | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
             "tokens": tokens, "settings": settings}
@@ -1547,8 +1547,7 @@ def test_runs_of_one_name_that_differ_in_the_seed_alone_are_one_group_and_no_cop
 
 
 @pytest.mark.parametrize("change", [
-    {"data_sha256": "b"}, {"code": "b"}, {"edited": "to b"}, {"step": 3}, {"top_k": 4},
-    {"measured_by": "b"},
+    {"data_sha256": "b"}, {"code": "b"}, {"measured_by": "b"}, {"step": 3}, {"top_k": 4},
     {"tokens": 4096}, {"val_sha256": "b"}, {"eval_tokens": 32},
     {"history": "max_iters was 3 to step 3"}])
 def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(change):
@@ -1747,8 +1746,12 @@ def test_a_run_that_was_stopped_is_evaluated_as_train_py_would_have_done_it(
     with inside(workplace):
         train.main([*RUN, "--router=aux", f"--dtype={dtype}", f"--out_dir={source}"])
     change_checkpoint(source, stopped, evaluation=None)
-    analyze_in(workplace, source, stopped, "--tokens=64", f"--out_dir={tmp_path}")
-    whole, found = json.loads((tmp_path / "metrics.json").read_text()).values()
+    change_checkpoint(source, tmp_path / "edited", evaluation=None, code="other")
+    analyze_in(workplace, source, stopped, tmp_path / "edited", "--tokens=64",
+               f"--out_dir={tmp_path}")
+    whole, found, edited = json.loads((tmp_path / "metrics.json").read_text()).values()
+    assert found["settings"]["repeated"] == "yes"
+    assert edited["settings"]["repeated"] == "stopped, and the code was edited since"
     for key in ("perplexity", "val_tokens", "load_cv"):
         assert found[key] == pytest.approx(whole[key], rel=1e-6)
 
@@ -1827,7 +1830,7 @@ def test_a_run_that_the_code_does_not_repeat_and_one_that_changed_are_named(
     analyze_in(workplace, "out/aux-1", "out/kmeans-1", tmp_path / "more", "--tokens=64",
                f"--out_dir={tmp_path}")
     out, err = capsys.readouterr()
-    assert re.findall(r"^(\S+) is not what it was with the code as it is", err, re.MULTILINE) == [
+    assert re.findall(r"^(\S+) is not repeated by the code as it is now", err, re.MULTILINE) == [
         "out/kmeans-1", f"{tmp_path}/more"]
     assert "more changed on its way: max_iters was 6 to step 6." in out
     assert "aux-1 changed" not in out
@@ -2248,7 +2251,7 @@ def test_the_readmes_router_trains_and_goes_on_and_is_analyzed_by_the_commands_t
     # the table has a dash
     done = python("analyze.py", "out/my_router", env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
-    assert "Measured with code that was edited since the training: my_router." in done.stdout
+    assert "not repeated" not in done.stderr  # a comment
     metrics = json.loads(Path("out/analysis/metrics.json").read_text())["my_router"]
     assert metrics["unrouted_gradient_share"] is None and metrics["perplexity"] > 0
     Path("my_router.py").unlink()
