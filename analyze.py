@@ -99,11 +99,12 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
             loss, n, load = validate(model, tqdm(batches(config["final_eval_tokens"]), folder.name,
                                                  **BAR))
             evaluation = {"val_loss": loss / n, "val_tokens": n, "load": load}
-    code = {key: checkpoint[key] for key in ("code", "router_code")}
+    code_now = code_of(c.router)
+    code = {key: checkpoint[key] for key in code_now}
     if "probe" in evaluation:
         repeated = compare_probes(now, evaluation["probe"])
     else:
-        repeated = "yes" if code == code_of(c.router) else "stopped, and the code was edited since"
+        repeated = "yes" if code == code_now else "stopped, and the code was edited since"
     if repeated != "yes":
         warn(f"{folder} is not repeated by the code as it is now ({repeated}): its numbers may say "
              "nothing of the router that was trained.")

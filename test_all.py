@@ -1093,7 +1093,9 @@ def test_a_folder_that_holds_a_run_or_is_in_use_by_one_is_refused(workdir):
 
 @pytest.mark.parametrize("damage, words", [
     (lambda state: state["model"].pop("norm.weight"), "norm.weight"),
-    (lambda state: state.pop("rng"), "KeyError: 'rng'"), (None, "is damaged")])
+    (lambda state: state.pop("code"), "KeyError: 'code'"),
+    (lambda state: state.pop("rng"), "KeyError: 'rng'"),
+    (lambda state: state.clear(), "KeyError"), (None, "is damaged")])
 def test_a_damaged_or_foreign_checkpoint_gets_one_sentence_that_names_it(damage, words, workdir):
     run_train("--out_dir=out/a", "--max_iters=3")
     if damage:

@@ -267,21 +267,25 @@ def mean(values: torch.Tensor) -> float | None:
     return None if values.isnan().all() else values.nanmean().item()
 
 
-def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
-    """-> (metrics for the log, see README.md; what analyze.py needs beside: the tokens that each
-    expert got (n_layer, E), and a probe to repeat). Loss and load are on n_tokens validation
-    tokens, the same for every seed and batch size, divided among the processes; coupling and probe
-    on 2,048, the same for each process. Means are over layers."""
-    where = dict(block_size=c.block_size, batch_size=c.batch_size, device=machine.device)
+@contextmanager
+def eval_mode(model, machine: Machine):
+    """What a router of your own draws here at random leaves the training as it was."""
     model.eval()
-    # what a router of your own draws here at random leaves the training as it was
     cuda = [machine.device.index] if machine.device.type == "cuda" else []
     with machine.autocast, torch.random.fork_rng(cuda):
+        yield
+    model.train()
+
+
+def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
+    """-> (metrics for the log, see README.md; tokens that each expert got (n_layer, E)). Loss and
+    load are on n_tokens validation tokens, the same for every seed and batch size, divided among
+    the processes; the coupling on 2,048, the same for each process. Means are over layers."""
+    where = dict(block_size=c.block_size, batch_size=c.batch_size, device=machine.device)
+    with eval_mode(model, machine):
         loss, n, loads = validate(model, eval_batches(
             data, n_tokens, rank=machine.rank, world_size=machine.world_size, **where))
         coupling = coupling_spearman(model, eval_batches(data, 2048, **where))
-        to_repeat = probe(model, eval_batches(data, 2048, **where | {"batch_size": 1}))
-    model.train()
     loads = sum_over_processes(loads).cpu()                                           # (n_layer, E)
     sums = sum_over_processes(torch.tensor([loss, n], dtype=torch.double, device=machine.device))
     val_loss = (sums[0] / sums[1]).item()
@@ -290,7 +294,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     return {"val_loss": val_loss, "perplexity": perplexity(val_loss),
             "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
             "router_similarity": mean(similarity), "coupling_spearman": mean(coupling),
-            "val_tokens": int(sums[1])}, {"load": loads, "probe": to_repeat}
+            "val_tokens": int(sums[1])}, loads
 
 
 # ---------------------------------------------------------------- the files of a run
@@ -356,7 +360,7 @@ def append(record: dict, log: Path) -> None:
 
 def save_checkpoint(path: Path, about: dict, model, optimizer, step: int,
                     evaluation: dict | None) -> None:
-    """`evaluation`: that of finish(), all that evaluate() gives; None before it."""
+    """`evaluation`: that of finish(), metrics, load (n_layer, E) and probe; None before it."""
     state = about | dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
                          evaluation=evaluation, rng=torch.get_rng_state())
     with replacing(path) as temporary:
@@ -577,13 +581,17 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
 def finish(model, optimizer, about: dict, data, file, machine: Machine, c: TrainConfig) -> None:
     """The last evaluation, on more tokens, and the checkpoint that holds it."""
     out_dir, record = Path(c.out_dir), about["log"][-1]
-    metrics, more = evaluate(model, data, c.final_eval_tokens, machine, c)
+    metrics, loads = evaluate(model, data, c.final_eval_tokens, machine, c)
     record |= metrics
     check_finite(record, model, out_dir / "ckpt.pt")
     if not machine.master:
         return
+    with eval_mode(model, machine):
+        to_repeat = probe(model, eval_batches(data, 2048, block_size=c.block_size, batch_size=1,
+                                              device=machine.device))
     check_claim(file, out_dir)
-    save_checkpoint(out_dir / "ckpt.pt", about, model, optimizer, c.max_iters, metrics | more)
+    save_checkpoint(out_dir / "ckpt.pt", about, model, optimizer, c.max_iters,
+                    metrics | {"load": loads, "probe": to_repeat})
     write_log(out_dir, about["log"])
     show(c.max_iters, metrics)
     show_result(model, data, metrics, machine.autocast, c)
