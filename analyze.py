@@ -35,16 +35,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, code_hash, code_of, expert_activations, expert_colors, load_balance,
-    load_checkpoint, perplexity, probe, router_cosines, router_similarity, spearman, validate,
-    watch)
+    INCIDENTAL, code_of, coupling_spearman, expert_activations, expert_colors, load_balance,
+    load_checkpoint, perplexity, router_cosines, router_similarity, spearman, validate, watch)
 from prepare_data import (
-    Parser, cli, eval_batches, free_path, get_tokenizer, lock, mistake, open_corpus, open_dataset,
+    Parser, cli, eval_batches, free_path, get_tokenizer, mistake, open_corpus, open_dataset,
     printable, replacing, visible)
 
 WIDTH = 70  # characters in a line of experts.png
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
-MEASURED_BY = {"measured_by": code_hash("analyze", "model", "routers", "prepare_data")}
 
 
 def warn(sentence: str) -> None:
@@ -88,35 +86,32 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     data = open_dataset(Path("data", config["dataset"]), c.block_size, c.vocab_size,
                         checkpoint["sha256"])
 
-    def batches(n, size=max(1, 1024 // c.block_size)):  # n tokens, the windows of train.py
-        return list(eval_batches(data, n, block_size=c.block_size, device=device, batch_size=size))
+    def batches(n):  # n tokens, the windows of train.py
+        return list(eval_batches(data, n, block_size=c.block_size, device=device,
+                                 batch_size=max(1, 1024 // c.block_size)))
 
     model.to(device).eval()
+    code = {key: checkpoint[key] for key in code_of(c.router)}
     with torch.autocast(torch.device(device).type, torch.bfloat16,
                         enabled=config["dtype"] == "bfloat16"):  # as train.py does it
-        now = probe(model, batches(2048, size=1))
-        if not evaluation:  # the run was stopped before its end
+        if evaluation:  # does the code as it is now give the rank correlation that the run noted?
+            now, then = coupling_spearman(model, batches(2048)), evaluation["coupling_spearman"]
+            repeated = then is None or abs(now.nanmean().item() - then) < 5e-4  # 1e-4: bfloat16
+        else:  # the run was stopped before its end
             loss, n, load = validate(model, tqdm(batches(config["final_eval_tokens"]), folder.name,
                                                  **BAR))
             evaluation = {"val_loss": loss / n, "val_tokens": n, "load": load}
-    code_now = code_of(c.router)
-    code = {key: checkpoint[key] for key in code_now}
-    if "probe" in evaluation:
-        repeated = compare_probes(now, evaluation["probe"])
-    else:
-        repeated = "yes" if code == code_now else "stopped, and the code was edited since"
-    if repeated != "yes":
-        warn(f"{folder} is not repeated by the code as it is now ({repeated}): its numbers may say "
-             "nothing of the router that was trained.")
+            repeated = code == code_of(c.router)
+    if not repeated:
+        warn(f"The code was edited since {folder} was trained, and may measure another router.")
     tokens, layers = observe_layers(
         model, tqdm(batches(n_tokens), folder.name, **BAR), evaluation["load"].to(device),
         gradient_shares(model, *batches(1024)[0]))
-    history = [f"{what} was {old} to step {step}"  # what a --resume has changed
-               for step, what, old in checkpoint["history"]]
     # runs are averaged over seeds only if all of this is equal. A field that is newer than the run
     # has its default, as in the model
-    settings = vars(c) | config | code | MEASURED_BY | {
-        "repeated": repeated, "history": ", ".join(history) or "none",
+    settings = vars(c) | config | code | {
+        "repeated": "yes" if repeated else "no",
+        "history": ", ".join(checkpoint["history"]) or "none",  # what a --resume has changed
         "data_sha256": checkpoint["sha256"]["train.bin"][:12],
         "val_sha256": checkpoint["sha256"]["val.bin"][:12]}
     about = {
@@ -130,16 +125,6 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         text_of = lambda token: f"<{token}>"
         warn(f"experts.png shows token ids: {error}")
     return Observed(about, tokens, text_of, layers)
-
-
-def compare_probes(now: dict, then: dict) -> str:
-    """Two probes of one model -> "yes" if they agree, but for what rounding can do, in bfloat16
-    too; else what differs."""
-    moved = (now["load"] - then["load"]).abs().sum().item() / 2 / then["load"].sum().item()
-    if abs(now["loss"] - then["loss"]) < 0.002 * then["loss"] and moved < 0.01:
-        return "yes"
-    return (f"on 2,048 tokens a loss of {now['loss']:.4g} for {then['loss']:.4g}, at least "
-            f"{moved:.1%} routed elsewhere")
 
 
 @torch.no_grad()
@@ -323,7 +308,7 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
         "router": c.model_type, "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
         "dtype": str(model.dtype).removeprefix("torch."), "n_embd": C, "n_expert": E, "top_k": K,
         "d_expert": H, "block_size": ids.shape[1] - 1,
-        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12]} | MEASURED_BY
+        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12]}
     about = {"router": c.model_type, "seed": None, "step": None, "settings": settings, "log": [],
              "perplexity": perplexity(loss / len(tokens)), "val_tokens": len(tokens)}
     return Observed(about, tokens, text_of, layers)
@@ -626,7 +611,7 @@ def paired_differences(groups: list[Group]) -> list[str]:
     for earlier, later in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in later.runs for y in earlier.runs
                  if x["seed"] == y["seed"]]
-        different = differing([later, earlier]).keys() - {"measured_by", "repeated"}  # it is older
+        different = differing([later, earlier]).keys() - {"repeated"}  # by the code as it is now
         if "router" in different:  # a router of your own is a name and its code
             different -= {"router_code"}
         if len(pairs) > 1 and len(different) <= 1 and not different & OTHER_TEXT:
@@ -657,13 +642,11 @@ def curve(run: dict, key: str) -> dict[int, float]:
 
 
 def draw_curves(ax, group: Group, curves: list[dict]) -> None:
-    """curves: {step: value} per seed; at the steps of the first, between those of the others."""
-    if all(curves):  # one expert has no similarity
-        steps = [step for step in curves[0] if step <= min(map(max, curves))]
+    """curves: {step: value} per seed; at the steps that all of them have."""
+    if steps := sorted(set.intersection(*map(set, curves))):  # one expert has no similarity
         tokens = math.prod(group.runs[0]["settings"][key] for key in (
             "batch_size", "gradient_accumulation_steps", "block_size"))
-        values = np.array([np.interp(steps, [*points], [*points.values()])
-                           for points in curves])                        # (seeds, steps)
+        values = np.array([[points[step] for step in steps] for points in curves])
         draw_line(ax, group, np.array(steps) * tokens / 1e6, values)
     ax.set_xlabel("training tokens (millions)")
     ax.locator_params("x", nbins=4)
@@ -902,7 +885,7 @@ def read_metrics(path: Path) -> dict[str, dict]:
     try:
         runs = json.loads(path.read_text())
         for run in runs.values():
-            run["settings"]["measured_by"]  # KeyError if it is missing
+            run["settings"]["val_sha256"], run["perplexity"]  # KeyError if one is missing
         return runs
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None
@@ -915,7 +898,7 @@ def write_metrics(path: Path, runs: dict) -> None:
         if path.exists() and path.read_text() != temporary.read_text():
             kept = free_path(path.parent, "metrics.old-", ".json")
             shutil.copy(path, kept)
-            print(f"\nThe earlier metrics.json is kept as {kept}.")
+            warn(f"The earlier metrics.json is kept as {kept}.")
     for name in FIGURES:  # none may stay beside other numbers
         (path.parent / name).unlink(missing_ok=True)
 
@@ -940,8 +923,7 @@ def collect(sources: list[Path], args: argparse.Namespace, runs: dict[str, dict]
         try:
             found = read_or_measure(source, args)
         except Exception as error:
-            sentence = mistake(error) or traceback.format_exc()
-            warn(f"{source} is left out: {sentence}")
+            warn(f"{source} is left out: {mistake(error) or traceback.format_exc()}")
             continue
         for name, metrics in found.items():  # a name that is taken gets its folder in front
             place = source.parent if source.name == name else source
@@ -973,24 +955,21 @@ def main(argv: list[str]) -> None:
     path = Path(os.path.expanduser(args.out_dir), "metrics.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = {}
-    with lock(path.parent):
-        try:
-            collect(sources, args, runs)
-        finally:  # Ctrl-C loses no run that was measured
-            if runs:
-                groups = group_runs(runs)
-                try:
-                    print_table(runs, groups)  # its reader may be gone, as in | head
-                finally:
-                    write_metrics(path, runs)
-        if not runs:
-            raise ValueError("no run is left to analyze.")
-        try:
-            figures = draw_figures(groups, path.parent)
-        except ImportError:
-            figures = []
-            warn("matplotlib is missing: for the figures run pip install matplotlib, then python "
-                 f"analyze.py {path}.")
+    try:
+        collect(sources, args, runs)
+    finally:  # Ctrl-C loses no run that was measured
+        if runs:
+            write_metrics(path, runs)
+    if not runs:
+        raise ValueError("no run is left to analyze.")
+    groups = group_runs(runs)
+    print_table(runs, groups)
+    try:
+        figures = draw_figures(groups, path.parent)
+    except ImportError:
+        figures = []
+        warn("matplotlib is missing: for the figures run pip install matplotlib, then python "
+             f"analyze.py {path}.")
     print(f"\nWrote {', '.join(map(str, [path, *figures]))}.")
 
 

@@ -415,14 +415,6 @@ def validate(model: SMoETransformer, batches) -> tuple[float, int, Tensor]:
     return loss, n, loads
 
 
-def probe(model: SMoETransformer, batches) -> dict:
-    """Mean loss and load (n_layer, E) on a few validation tokens. train.py notes them at the end of
-    a run, analyze.py repeats them, to see whether the code still computes what it did."""
-    torch.manual_seed(0)  # for what a router of your own draws
-    loss, n, load = validate(model, batches)
-    return {"loss": loss / n, "load": load.cpu()}
-
-
 @torch.no_grad()
 def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
     """batches of idx and targets (B, T) -> (n_layer): the rank correlation over tokens of router
@@ -514,21 +506,16 @@ def router_class(name: str) -> type | None:
 
 
 @cache  # as the files were when a run began: they may be edited while it trains
-def code_hash(*names: str) -> str:
-    """-> 12 digits of the SHA-256 of the modules of these names that lie beside this file, or in
-    folders there."""
-    paths = [Path(__file__).parent / (name.replace(".", "/") + ".py") for name in names]
-    code = b"".join(path.read_bytes() for path in paths if path.exists())
-    return hashlib.sha256(code).hexdigest()[:12]
-
-
 def code_of(router: str) -> dict[str, str]:
-    """Hashes of the code that gives a run its numbers: this project's, and that of your own router,
-    with its base classes."""
-    own = {router} | {cls.__module__ for cls in ROUTERS[router].__mro__}
-    own -= {"routers"}  # it is in "code"; modules from elsewhere, as torch's, lie not beside us
-    return {"code": code_hash("model", "routers", "prepare_data", "train"),
-            "router_code": code_hash(*sorted(own))}
+    """Hashes of the code that gives a run its numbers: this project's, and that of your own
+    router's file (not of what it imports)."""
+    def digest(*names):
+        paths = [Path(__file__).with_name(f"{name}.py") for name in names]
+        code = b"".join(path.read_bytes() for path in paths if path.exists())
+        return hashlib.sha256(code).hexdigest()[:12]
+
+    return {"code": digest("model", "routers", "prepare_data", "train"),
+            "router_code": digest(router)}
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
@@ -579,8 +566,6 @@ def main(argv: list[str]) -> None:
                         help="0: always the likeliest token (default: 0.8)")
     args = parser.parse_args(argv)
     model, checkpoint = load_checkpoint(Path(os.path.expanduser(args.run), "ckpt.pt"))
-    if any(checkpoint[key] != now for key, now in code_of(model.config.router).items()):
-        print(f"{args.run} was trained before the code was edited.", file=sys.stderr)
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     start = encode(tokenizer, args.start).tolist() or [tokenizer.eot_token]
     idx = model.generate(torch.tensor([start]), args.tokens, args.temperature)      # (1, n)

@@ -16,7 +16,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from model import (
     INCIDENTAL, Config, SMoETransformer, code_of, config_of, coupling_spearman, load_balance,
-    load_checkpoint, perplexity, probe, router_similarity, validate)
+    load_checkpoint, perplexity, router_similarity, validate)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_batch, get_tokenizer, lock, open_dataset, prepare,
     printable, replacing)
@@ -158,8 +157,7 @@ def check_resume(checkpoint: dict, c: TrainConfig) -> None:
         if old[name] != getattr(c, name):
             raise ValueError(f"the run in {c.out_dir} was trained with {name} = {old[name]!r} and "
                              f"cannot go on with {getattr(c, name)!r}; start another one.")
-    # killed in its last evaluation, it has that left to do
-    if checkpoint["step"] >= c.max_iters + (checkpoint["evaluation"] is None):
+    if checkpoint["step"] >= c.max_iters:
         raise ValueError(f"the run in {c.out_dir} has done {checkpoint['step']} steps of "
                          f"{c.max_iters}; pass a larger --max_iters to go on.")
 
@@ -267,25 +265,19 @@ def mean(values: torch.Tensor) -> float | None:
     return None if values.isnan().all() else values.nanmean().item()
 
 
-@contextmanager
-def eval_mode(model, machine: Machine):
-    """What a router of your own draws here at random leaves the training as it was."""
-    model.eval()
-    cuda = [machine.device.index] if machine.device.type == "cuda" else []
-    with machine.autocast, torch.random.fork_rng(cuda):
-        yield
-    model.train()
-
-
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
     """-> (metrics for the log, see README.md; tokens that each expert got (n_layer, E)). Loss and
     load are on n_tokens validation tokens, the same for every seed and batch size, divided among
     the processes; the coupling on 2,048, the same for each process. Means are over layers."""
     where = dict(block_size=c.block_size, batch_size=c.batch_size, device=machine.device)
-    with eval_mode(model, machine):
+    cuda = [machine.device.index] if machine.device.type == "cuda" else []
+    model.eval()
+    # fork_rng: what a router of your own draws here leaves the training as it was
+    with machine.autocast, torch.random.fork_rng(cuda):
         loss, n, loads = validate(model, eval_batches(
             data, n_tokens, rank=machine.rank, world_size=machine.world_size, **where))
         coupling = coupling_spearman(model, eval_batches(data, 2048, **where))
+    model.train()
     loads = sum_over_processes(loads).cpu()                                           # (n_layer, E)
     sums = sum_over_processes(torch.tensor([loss, n], dtype=torch.double, device=machine.device))
     val_loss = (sums[0] / sums[1]).item()
@@ -315,9 +307,19 @@ def claim(out_dir: Path, c: TrainConfig):
         old = free_path(out_dir.parent, f"{out_dir.name}.old")
         out_dir.rename(old)  # the lock goes along
         print(f"The run in {out_dir} is now in {old}.")
-        out_dir.mkdir(exist_ok=True)
+        out_dir.mkdir()
         file = lock(out_dir)
     return file
+
+
+def check_claim(file, out_dir: Path) -> None:
+    """Raises ValueError if out_dir is no longer the folder of the locked file: two runs would mix,
+    or this one would lie in two places."""
+    path = out_dir / "lock"
+    there = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    if not there and file.name != os.devnull:
+        raise ValueError(f"{out_dir} was moved or replaced while a run wrote to it; its last "
+                         "checkpoint lies where the folder is now, go on with --resume there.")
 
 
 def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
@@ -335,36 +337,17 @@ def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
     return open_dataset(folder, c.block_size, c.vocab_size, sha256)
 
 
-def check_claim(file, out_dir: Path) -> None:
-    """Raises ValueError if out_dir is no longer the folder of the locked file: two runs would mix,
-    or this one would lie in two places."""
-    path = out_dir / "lock"
-    there = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    if not there and file.name != os.devnull:
-        raise ValueError(f"{out_dir} was moved or replaced while a run wrote to it; its last "
-                         "checkpoint lies where the folder is now, go on with --resume there.")
+def save(out_dir: Path, about: dict, model, optimizer, step: int) -> None:
+    """The checkpoint: all that --resume and analyze.py need."""
+    with replacing(out_dir / "ckpt.pt") as temporary:
+        torch.save(about | dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                step=step, rng=torch.get_rng_state()), temporary)
 
 
 def write_log(out_dir: Path, records: list[dict]) -> None:
+    """log.jsonl, always whole: what a resume does not know of is gone from it."""
     with replacing(out_dir / "log.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def append(record: dict, log: Path) -> None:
-    try:
-        with open(log, "a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:  # a line of a log is not worth a run; the checkpoint has it, too
-        print(f"{log} lacks step {record['step']} ({error.strerror}).", file=sys.stderr)
-
-
-def save_checkpoint(path: Path, about: dict, model, optimizer, step: int,
-                    evaluation: dict | None) -> None:
-    """`evaluation`: that of finish(), metrics, load (n_layer, E) and probe; None before it."""
-    state = about | dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                         evaluation=evaluation, rng=torch.get_rng_state())
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
 
 
 def check_finite(record: dict, model, path: Path) -> None:
@@ -459,42 +442,28 @@ def stop_requests():
 
 
 def begin(c: TrainConfig, model, checkpoint: dict | None, data, machine: Machine) -> tuple:
-    """Starts a run, or goes on with what load_checkpoint gave, and writes its log up to here
-    -> (model, optimizer, step, what its checkpoints say of it)."""
-    out_dir = Path(c.out_dir)
+    """Starts a run, or goes on with what load_checkpoint gave -> (model, optimizer, step, what its
+    checkpoints say of it)."""
     config = asdict(c) | {"dtype": str(machine.dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
-    about = dict(config=config, history=[], sha256=data.meta["sha256"],
+    about = dict(config=config, log=[], history=[], evaluation=None, sha256=data.meta["sha256"],
                  tokenizer=data.meta["tokenizer"]["name"], **code_of(c.router))
-    if checkpoint:
-        optimizer = make_optimizer(model.to(machine.device), c)
-        # a copy: its tensors would be mapped from the file, which Windows then lets none replace
-        optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
-        torch.set_rng_state(checkpoint["rng"])  # for a router that draws noise, and the sample
-        step, about["log"] = checkpoint["step"], checkpoint["log"]
-        # with other code or another max_iters it is no longer the run that it was: note that, as
-        # [step of the change, what, old value], and keep what it was
-        changes = [[step, what, old] for what, old, new in (
-            ("max_iters", checkpoint["config"]["max_iters"], c.max_iters),
-            ("code", checkpoint["code"], about["code"]),
-            ("router_code", checkpoint["router_code"], about["router_code"])) if new != old]
-        about["history"] = checkpoint["history"] + changes
-        if machine.master and changes:
-            kept = free_path(out_dir, f"ckpt-{step}-", ".pt")
-            with replacing(kept) as temporary:
-                shutil.copy(out_dir / "ckpt.pt", temporary)
-            print(f"{' and '.join(what for _, what, _ in changes)} changed since step {step}; the "
-                  f"checkpoint as it was is kept as {kept}.")
-    else:
+    if not checkpoint:
         model = make_model(c, machine.device)  # the same on every rank
-        optimizer = make_optimizer(model, c)
-        step = 0
-        metrics, _ = evaluate(model, data, c.eval_tokens, machine, c)
-        about["log"] = [{"step": 0} | dict.fromkeys(
-            ("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu")) | metrics]
-    if machine.master:
-        write_log(out_dir, about["log"])  # it forgets what came after the checkpoint
-    return model, optimizer, step, about
+        return model, make_optimizer(model, c), 0, about
+    optimizer = make_optimizer(model.to(machine.device), c)
+    # a copy: its tensors would be mapped from the file, which Windows then lets none replace
+    optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
+    torch.set_rng_state(checkpoint["rng"])  # for a router that draws noise, and the sample
+    # with other code or another max_iters it is no longer the run that it was: say so
+    changes = [f"{what} was {old} to step {checkpoint['step']}" for what, old, new in (
+        ("max_iters", checkpoint["config"]["max_iters"], c.max_iters),
+        ("code", checkpoint["code"], about["code"]),
+        ("router_code", checkpoint["router_code"], about["router_code"])) if new != old]
+    if machine.master and changes:
+        print(f"This run changes on its way: {', '.join(changes)}.")
+    about |= {"log": checkpoint["log"], "history": checkpoint["history"] + changes}
+    return model, optimizer, checkpoint["step"], about
 
 
 def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Machine,
@@ -502,7 +471,7 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
     """From `step` to max_iters, or until somebody asks to stop -> the step that it came to.
     `file`: the locked one of claim()."""
     device, dtype, autocast, rank, world_size = machine
-    log_path, checkpoint_path = Path(c.out_dir, "log.jsonl"), Path(c.out_dir, "ckpt.pt")
+    out_dir = Path(c.out_dir)
     model = compiled(raw_model) if c.compile else raw_model
     if world_size > 1:
         # broadcast_buffers=False: update_routers keeps them equal on all ranks.
@@ -511,7 +480,12 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
 
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
     peak = peak_flops(device, dtype)
+    if not about["log"]:
+        metrics, _ = evaluate(raw_model, data, c.eval_tokens, machine, c)
+        about["log"] = [{"step": 0} | dict.fromkeys(
+            ("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu")) | metrics]
     if machine.master:
+        write_log(out_dir, about["log"])
         counts = [f"{n / 1e6:.1f}M" for n in raw_model.num_params()]
         print(f"{c.router}: {counts[0]} parameters, {counts[1]} active a token, {world_size} x "
               f"{device} in {dtype}; {c.dataset}: {len(data.train):,} tokens, steps {step} to "
@@ -540,10 +514,9 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
             stop = bool(sum_over_processes(torch.tensor(len(signals))))
 
             # measure, once in a while
-            last = step == c.max_iters  # finish() evaluates, and a kill there loses nothing
-            evaluating = step % c.eval_interval == 0 and not last
-            saving = evaluating or stop or last
-            if not (saving or step % c.log_interval == 0):
+            last = step == c.max_iters
+            evaluating = last or step % c.eval_interval == 0
+            if not (evaluating or stop or step % c.log_interval == 0):
                 continue
             # this waits for the device
             train_loss, aux_loss = (sum_over_processes(losses) / world_size).tolist()
@@ -552,49 +525,29 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
             record = {"step": step, "train_loss": train_loss, "aux_loss": aux_loss, "lr": lr,
                       "tokens_per_s": speed, "mfu": flops / (peak * world_size) if peak else None}
             bar.set_postfix(loss=f"{train_loss:.3f}")
-            check_finite(record, raw_model, checkpoint_path)
             if evaluating:
                 # the model that is not compiled: evaluation is rare, and need not compile again
-                metrics, _ = evaluate(raw_model, data, c.eval_tokens, machine, c)
+                metrics, load = evaluate(
+                    raw_model, data, c.final_eval_tokens if last else c.eval_tokens, machine, c)
                 record |= metrics
-                check_finite(record, raw_model, checkpoint_path)
+                if last:
+                    about["evaluation"] = metrics | {"load": load}
+            check_finite(record, raw_model, out_dir / "ckpt.pt")
             about["log"].append(record)
 
             # save: the log at each measurement, a checkpoint at each evaluation and at the end
             if machine.master:
-                check_claim(file, Path(c.out_dir))
-                append(record, log_path)
-                if saving:
-                    try:
-                        save_checkpoint(checkpoint_path, about, raw_model, optimizer, step, None)
-                    except OSError as error:
-                        if stop or last:
-                            raise
-                        tqdm.write(f"{error} The next evaluation tries again.")
-                if evaluating:
-                    show(step, metrics)
+                check_claim(file, out_dir)
+                write_log(out_dir, about["log"])
+                if evaluating or stop:
+                    save(out_dir, about, raw_model, optimizer, step)
+                if evaluating:  # one line, above the progress bar
+                    tqdm.write(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else
+                                         f"{key} {value}" for key, value in
+                                         ({"step": step} | metrics).items()))
             start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
     bar.close()
     return step
-
-
-def finish(model, optimizer, about: dict, data, file, machine: Machine, c: TrainConfig) -> None:
-    """The last evaluation, on more tokens, and the checkpoint that holds it."""
-    out_dir, record = Path(c.out_dir), about["log"][-1]
-    metrics, loads = evaluate(model, data, c.final_eval_tokens, machine, c)
-    record |= metrics
-    check_finite(record, model, out_dir / "ckpt.pt")
-    if not machine.master:
-        return
-    with eval_mode(model, machine):
-        to_repeat = probe(model, eval_batches(data, 2048, block_size=c.block_size, batch_size=1,
-                                              device=machine.device))
-    check_claim(file, out_dir)
-    save_checkpoint(out_dir / "ckpt.pt", about, model, optimizer, c.max_iters,
-                    metrics | {"load": loads, "probe": to_repeat})
-    write_log(out_dir, about["log"])
-    show(c.max_iters, metrics)
-    show_result(model, data, metrics, machine.autocast, c)
 
 
 def show_result(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
@@ -617,21 +570,7 @@ def show_result(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
           f"({metrics['val_loss']:.3f} nats), on {metrics['val_tokens']:,} tokens")
     print(f"load CV {c.n_expert * metrics['load_std']:.3f} (even load: 0, all tokens to {c.top_k} "
           f"experts: {collapsed:.3f})")
-    print(f"the run lies in {c.out_dir}; next: "
-          + command(Path(__file__).with_name("analyze.py"), c.out_dir))
-
-
-def show(step: int, metrics: dict) -> None:
-    """One line on an evaluation, above the progress bar."""
-    tqdm.write(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                         for key, value in ({"step": step} | metrics).items()))
-
-
-def command(script: Path, *flags: str, processes: int = 1) -> str:
-    """What the user types next, in the folder where they are."""
-    name = script.name if script.parent == Path.cwd() else str(script)
-    launcher = ["python"] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
-    return shlex.join([*launcher, name, *flags])
+    print(f"the run lies in {c.out_dir}; next: python analyze.py {shlex.quote(c.out_dir)}")
 
 
 def main(argv: list[str]) -> None:
@@ -645,12 +584,11 @@ def main(argv: list[str]) -> None:
         model, optimizer, step, about = begin(c, model, checkpoint, data, machine)
         del checkpoint  # it is mapped from the file
         step = train(model, optimizer, step, about, data, file, machine, c)
-        if step == c.max_iters:
-            finish(model, optimizer, about, data, file, machine, c)
-        elif machine.master:
-            print(f"stopped and saved at step {step}; go on with: " + command(
-                Path(__file__), f"--out_dir={c.out_dir}", "--resume",
-                processes=machine.world_size))
+    if machine.master and step == c.max_iters:
+        show_result(model, data, about["evaluation"], machine.autocast, c)
+    elif machine.master:
+        print(f"stopped and saved at step {step}; the same command with "
+              f"--out_dir={shlex.quote(c.out_dir)} --resume goes on")
     if machine.world_size > 1:  # together: one that leaves early can take gloo's threads down
         dist.barrier()
         dist.destroy_process_group()
