@@ -120,13 +120,13 @@ def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
 
 class Experts(torch.autograd.Function):
     """The definition without the loop, and with its backward pass written out, for two reasons: it
-    shows the coupling, and it saves only x, a and b of the large activations, where autograd would
+    shows the coupling, and of the large activations it saves only x, a and b, where autograd would
     keep more for the same gradients.
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
     float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
     is a loop over the experts i, each with a matrix product on its rows of the table, which are
-    ends[i - 1] (or 0) : ends[i]. With any sizes P, Q, the shapes tell which of two it is:
+    ends[i - 1] (or 0) : ends[i]. It is one of two products, told apart by the shapes of A and B:
 
         rows times weights:   A (N*K, P), B (E, P, Q):   out[rows] = A[rows] @ B[i]      (N*K, Q)
         weight gradients:     A (P, N*K), B (N*K, Q):    out[i] = A[:, rows] @ B[rows]   (E, P, Q)
@@ -428,7 +428,7 @@ def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
         for block, layer in zip(model.blocks, seen):
             x = torch.cat([x for x, _ in layer]).float()                 # (N, C)
             scores = torch.cat([routing.scores for _, routing in layer])  # (N, E)
-            activation, = expert_activations(x, block.moe.w_gate)        # (N, E)
+            activation = expert_activations(x, block.moe.w_gate)[0]      # (N, E)
             coupling.append(spearman(scores, activation).nanmean())
     return torch.stack(coupling)
 
@@ -457,11 +457,11 @@ def router_similarity(directions: Tensor) -> Tensor:
 
 def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor | None = None,
                        b_gate: Tensor | None = None) -> Tensor:
-    """How strongly every expert reacts to every token, chosen or not: norms over the H neurons.
+    """How strongly every expert reacts to every token, chosen or not: norms over the H neurons of
 
         ||W_gate_i x_t||,   ||silu(W_gate_i x_t)||,   ||silu(W_gate_i x_t) * (W_up_i x_t)||
 
-    x (N, C), w_gate, w_up (E, H, C) -> (3, N, E), or (1, N, E) of the first alone without w_up.
+    x (N, C), w_gate, w_up (E, H, C) -> (3, N, E); without w_up the first alone, (1, N, E).
     b_gate (E, H), if any, adds to W_gate x. One expert at a time, as all would be N * E * H
     numbers."""
     columns = []
@@ -537,7 +537,8 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
                          ) from None
     except Exception as error:  # a damaged file can raise nearly anything
         raise unfit(error) from None
-    model = SMoETransformer(config_of(checkpoint["config"]))  # your own router's bugs are no damage
+    # outside of the try: an error in a router of your own is no damaged file
+    model = SMoETransformer(config_of(checkpoint["config"]))
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
@@ -555,7 +556,7 @@ def expert_colors(E: int) -> list[tuple[float, float, float]]:
 
 
 def main(argv: list[str]) -> None:
-    from prepare_data import Parser, encode, get_tokenizer, printable  # not for the model itself
+    from prepare_data import Parser, encode, get_tokenizer, printable  # which the model never needs
     parser = Parser(description="The model of a run writes. On a terminal each token stands on the "
                                 "colour of the expert that it goes to first, in the middle layer.",
                     allow_abbrev=False)

@@ -9,8 +9,9 @@ n_expert experts. Every router here is the same four verbs in the same order:
     update    once after each optimizer step: move bias and centroids by what was counted
 
 The first three are called for every batch, with aux_loss, which is added to the training loss. Pass
-over the rest at first: count and statistics feed update, start draws first values. The logits are
-what gate starts from, the scores what select ranks: the same, or their softmax or sigmoid.
+over the rest at first: count and statistics feed update, start draws first values. select ranks the
+scores: the logits, or their softmax or sigmoid. gate starts from the logits: the scores would give
+the same numbers, but a gradient of rounding noise to the rows that are not selected.
 
 They differ in where the scores come from and in what keeps the load even:
 
@@ -95,7 +96,7 @@ class Router(nn.Module):
 
     def statistics(self) -> list[Tensor]:
         """The buffers that count() fills: update() sees them summed over micro-batches and
-        processes. (Any other buffer may move in update() alone: else each process has its own.)"""
+        processes. Change any other buffer in update() only, or the processes diverge."""
         return [self.load]
 
 
@@ -152,13 +153,12 @@ class LearnedRouter(Router):
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = x @ self.weight.float().t()  # (N, E)
-        softmax = self.config.score_fn == "softmax"
-        return logits, logits.softmax(-1) if softmax else logits.sigmoid()
+        if self.config.score_fn == "softmax":
+            return logits, logits.softmax(-1)
+        return logits, logits.sigmoid()
 
     def gate(self, chosen_logits: Tensor) -> Tensor:
-        # softmax over all E, then normalised over S, is the softmax over S: written so, the
-        # unselected logits get a gradient of exactly 0 and not of rounding noise
-        if self.config.score_fn == "softmax":
+        if self.config.score_fn == "softmax":  # over all E, then normalised over S: the same
             return chosen_logits.softmax(-1)  # (N, K)
         return F.normalize(chosen_logits.sigmoid(), p=1.0, dim=-1)
 
@@ -232,9 +232,8 @@ class KMeansRouter(Router):
 
     def start(self) -> None:
         """Random directions, as long as the RMSNorm outputs that they will average: sqrt(C)."""
-        if not self.centroids.any():  # a derived class may have placed them in its __init__
-            directions = F.normalize(torch.randn_like(self.centroids), dim=-1)  # (E, C)
-            self.centroids.copy_(directions * self.config.n_embd ** 0.5)
+        directions = F.normalize(torch.randn_like(self.centroids), dim=-1)  # (E, C)
+        self.centroids.copy_(directions * self.config.n_embd ** 0.5)
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # dividing the (N, E) products by |x| is cheaper than normalising the (N, C) hidden states

@@ -335,18 +335,6 @@ def test_weights_start_as_the_docstring_says():
     assert torch.allclose(centroids.norm(dim=1), torch.full((8,), 16.0))  # sqrt(C)
 
 
-def test_centroids_of_an_own_router_start_as_those_of_kmeans_or_where_it_puts_them(monkeypatch):
-    class Own(ROUTERS["kmeans"]):
-        def __init__(self, config):
-            super().__init__(config)
-            self.centroids.copy_(torch.eye(8, 32))
-    copy = runpy.run_path(ROOT / "routers.py")["KMeansRouter"]  # no class that model.py knows
-    own, copied = (monkeypatch.setitem(ROUTERS, "own", cls) or make_model(router="own").routers()[1]
-                   for cls in (Own, copy))
-    assert torch.equal(own.centroids, torch.eye(8, 32))
-    assert torch.equal(copied.centroids, make_model().routers()[1].centroids)
-
-
 def test_num_params_counts_all_weights_and_those_one_token_uses():
     model = make_model(router="lossfree")
     total, active = model.num_params()

@@ -6,8 +6,8 @@
     python train.py --out_dir=out/kmeans --resume        # go on where a run stopped
     python train.py --bench --config=1b                  # speed and memory on synthetic tokens
 
-Every field of TrainConfig below is a flag: --name=value. A run writes out/<run>/log.jsonl and
-out/<run>/ckpt.pt; Ctrl-C and SIGTERM finish the step and save."""
+Every field of TrainConfig below is a flag: --name=value, or --name, --no-name. A run writes
+out/<run>/log.jsonl and out/<run>/ckpt.pt; Ctrl-C and SIGTERM finish the step and save."""
 import argparse
 import copy
 import inspect
@@ -43,7 +43,7 @@ from routers import update_routers
 
 # A built-in router refuses settings that it does not read: kmeans with --score_fn=sigmoid would
 # pass for a result about sigmoid scores. Your own may read any
-IGNORED = {
+NOT_READ = {
     "aux": ("bias_update_rate", "ema_decay", "gate_temperature"),
     "lossfree": ("aux_loss_coef", "ema_decay", "gate_temperature"),
     "kmeans": ("score_fn", "aux_loss_coef", "z_loss_coef"),
@@ -55,7 +55,7 @@ class TrainConfig(Config):
     """The model's Config and everything else that makes a run."""
     config: str = "tiny"                  # preset: tiny, small or 1b; other flags override it
     out_dir: str = ""                     # where the run is written; empty: out/<router>
-    dataset: str = "stdlib"               # folder under data/, made by prepare_data.py
+    dataset: str = "stdlib"               # folder in data/ (prepare_data.py makes it)
     batch_size: int = 4                   # sequences in a micro-batch on one device
     gradient_accumulation_steps: int = 1  # micro-batches in a step, over all processes
     max_iters: int = 1200                 # optimizer steps
@@ -92,9 +92,9 @@ class TrainConfig(Config):
         self.check(not (self.compile and self.dtype == "float32"), "dtype",
                    "bfloat16 with --compile (or pass --no-compile)")
         self.check(not (self.resume and self.overwrite), "overwrite", "left out with --resume")
-        for name in IGNORED.get(self.router, ()):
+        for name in NOT_READ.get(self.router, ()):
             default = getattr(Config, name)
-            # --resume: its settings are those of the run, whatever the default has become
+            # --resume: a run may have the default of its day
             self.check(self.resume or getattr(self, name) == default, name,
                        f"{default} under {self.router}, which does not read it")
         self.out_dir = os.path.expanduser(self.out_dir or f"out/{self.router}")
@@ -269,14 +269,16 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     """-> (metrics for the log, see README.md; tokens that each expert got (n_layer, E)). Loss and
     load are on n_tokens validation tokens, the same for every seed and batch size, divided among
     the processes; the coupling on 2,048, the same for each process. Means are over layers."""
-    where = dict(block_size=c.block_size, batch_size=c.batch_size, device=machine.device)
+    where = dict(block_size=c.block_size, device=machine.device)
     cuda = [machine.device.index] if machine.device.type == "cuda" else []
     model.eval()
     # fork_rng: what a router of your own draws here leaves the training as it was
     with machine.autocast, torch.random.fork_rng(cuda):
         loss, n, loads = validate(model, eval_batches(
-            data, n_tokens, rank=machine.rank, world_size=machine.world_size, **where))
-        coupling = coupling_spearman(model, eval_batches(data, 2048, **where))
+            data, n_tokens, batch_size=c.batch_size, rank=machine.rank,
+            world_size=machine.world_size, **where))
+        torch.manual_seed(0)  # analyze.py is to find the same
+        coupling = coupling_spearman(model, eval_batches(data, 2048, batch_size=1, **where))
     model.train()
     loads = sum_over_processes(loads).cpu()                                           # (n_layer, E)
     sums = sum_over_processes(torch.tensor([loss, n], dtype=torch.double, device=machine.device))
@@ -317,7 +319,7 @@ def check_claim(file, out_dir: Path) -> None:
     or this one would lie in two places."""
     path = out_dir / "lock"
     there = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    if not there and file.name != os.devnull:
+    if not there and file.name != os.devnull:  # as lock() gives it on Windows
         raise ValueError(f"{out_dir} was moved or replaced while a run wrote to it; its last "
                          "checkpoint lies where the folder is now, go on with --resume there.")
 
@@ -345,7 +347,7 @@ def save(out_dir: Path, about: dict, model, optimizer, step: int) -> None:
 
 
 def write_log(out_dir: Path, records: list[dict]) -> None:
-    """log.jsonl, always whole: what a resume does not know of is gone from it."""
+    """log.jsonl, always whole: steps after the checkpoint of a resume are gone from it."""
     with replacing(out_dir / "log.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
 
@@ -355,7 +357,7 @@ def check_finite(record: dict, model, path: Path) -> None:
     it can be fine where the weights are not."""
     losses = [record[key] for key in ("train_loss", "val_loss") if key in record]
     weights = (all(p.isfinite().all() for p in model.parameters())
-               and not any(b.isnan().any() for b in model.buffers()))  # a mask may hold -inf
+               and not any(b.isnan().any() for b in model.buffers()))  # yours may hold -inf
     if not (weights and all(map(math.isfinite, losses))):
         raise ValueError(f"loss or weights are not finite at step {record['step']}; the last good "
                          f"checkpoint, if any, is {path}. Try a lower --learning_rate or a longer "
@@ -542,9 +544,9 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
                 if evaluating or stop:
                     save(out_dir, about, raw_model, optimizer, step)
                 if evaluating:  # one line, above the progress bar
-                    tqdm.write(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else
-                                         f"{key} {value}" for key, value in
-                                         ({"step": step} | metrics).items()))
+                    numbers = [f"{key} {value:.4g}" for key, value in metrics.items()
+                               if isinstance(value, float)]
+                    tqdm.write(f"step {step}, {', '.join(numbers)}")
             start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
     bar.close()
     return step
