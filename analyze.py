@@ -35,8 +35,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, code_of, coupling_spearman, expert_activations, expert_colors, load_balance,
-    load_checkpoint, perplexity, router_cosines, router_similarity, spearman, validate, watch)
+    INCIDENTAL, coupling_spearman, expert_activations, expert_colors, load_balance,
+    load_checkpoint, perplexity, router_cosines, router_similarity, spearman, watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_tokenizer, mistake, open_corpus, open_dataset,
     printable, replacing, visible)
@@ -75,12 +75,13 @@ class Observed(NamedTuple):
 def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     """The run in `folder`, on n_tokens validation tokens (rounded up to whole sequences), in
     float32 and eval mode: nothing moves. Its perplexity and load are those of its own last
-    evaluation. Raises ValueError for a run that cannot be measured."""
+    evaluation: of a run that was stopped, on fewer tokens than at an end. Raises ValueError for
+    one that cannot be measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
     config, evaluation = checkpoint["config"], checkpoint["evaluation"]
     evaluations = [record for record in checkpoint["log"] if "val_loss" in record]
-    # the last evaluation is on more tokens, so it is no point of the curves
+    # that of the end is on more tokens, so it is no point of the curves
     log = [record for record in evaluations if record["val_tokens"] == evaluations[0]["val_tokens"]]
     data = open_dataset(Path("data", config["dataset"]), c.block_size, c.vocab_size,
                         checkpoint["sha256"])
@@ -90,18 +91,11 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
 
     model.to(device).eval()
     torch.manual_seed(0)  # a router of your own may draw in eval mode, too
-    code = {key: checkpoint[key] for key in code_of(c.router)}
     with torch.autocast(torch.device(device).type, torch.bfloat16,
                         enabled=config["dtype"] == "bfloat16"):  # as train.py does it
-        if evaluation:  # does the code as it is now give the rank correlation that the run noted?
-            now = coupling_spearman(model, batches(2048, size=1)).nanmean().item()
-            then = evaluation["coupling_spearman"]  # None: one expert, for example
-            repeated = then is None or abs(now - then) < 5e-4  # rounding: below 1e-4
-        else:  # the run was stopped before its end
-            loss, n, load = validate(model, tqdm(batches(config["final_eval_tokens"]), folder.name,
-                                                 **BAR))
-            evaluation = {"val_loss": loss / n, "val_tokens": n, "load": load}
-            repeated = code == code_of(c.router)
+        now = coupling_spearman(model, batches(2048, size=1)).nanmean().item()
+    then = evaluation["coupling_spearman"]  # None: one expert, for example
+    repeated = then is None or abs(now - then) < 5e-4  # rounding: below 1e-4
     if not repeated:
         warn(f"The code was edited since {folder} was trained, and may measure another router.")
     tokens, layers = observe_layers(
@@ -109,14 +103,15 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         gradient_shares(model, *batches(1024)[0]))
     # runs are averaged over seeds only if all of this is equal. A field that is newer than the run
     # has its default, as in the model
-    settings = vars(c) | config | code | {
+    settings = vars(c) | config | {
+        "code": checkpoint["code"], "router_code": checkpoint["router_code"],
         "repeated": "yes" if repeated else "no",
         "history": ", ".join(checkpoint["history"]) or "none",  # what a --resume has changed
         "data_sha256": checkpoint["sha256"]["train.bin"][:12],
         "val_sha256": checkpoint["sha256"]["val.bin"][:12]}
     about = {
         "router": c.router, "seed": config["seed"], "step": checkpoint["step"],
-        "settings": settings, "log": log, "perplexity": perplexity(evaluation["val_loss"]),
+        "settings": settings, "log": log, "perplexity": evaluation["perplexity"],
         "val_tokens": evaluation["val_tokens"]}
     try:
         encoding = get_tokenizer(checkpoint["tokenizer"])
@@ -496,7 +491,7 @@ COLUMNS = {  # header: keys
     "token information, bits (ceiling)": ("token_information", "expert_entropy"),
     "unrouted gradient share": ("unrouted_gradient_share",)}
 # where these differ, perplexities are of different texts
-OTHER_TEXT = {"val_sha256", "block_size", "final_eval_tokens"}
+OTHER_TEXT = {"val_sha256", "block_size", "validation tokens"}
 ROUTER_STYLES = {  # colour (Okabe-Ito), line, marker: each tells them apart, in grey too
     "aux": ("#E69F00", "--", "s"), "lossfree": ("#0072B2", "-", "o"),
     "kmeans": ("#009E73", "-.", "^"), "none": ("#000000", ":", "D")}
@@ -530,7 +525,8 @@ def experiment(run: dict) -> dict:
     seed, the preset's name and what changes nothing but rounding."""
     kept = {key: value for key, value in run["settings"].items()
             if key not in INCIDENTAL | {"seed", "config"}}
-    return kept | {"steps done": run["step"], "tokens seen": run["tokens"]}
+    return kept | {"steps done": run["step"], "validation tokens": run["val_tokens"],
+                   "tokens seen": run["tokens"]}
 
 
 def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
@@ -781,8 +777,6 @@ def draw_experts(fig, groups) -> None:
     shown = list(panels.values())[:4]  # the first of each router
     if not shown:
         return
-    if len(panels) > 4:
-        warn(f"experts.png has room for four routers; not shown: {', '.join([*panels][4:])}.")
     grid = fig.add_gridspec(len(shown), 2, width_ratios=(65, 30))
     mono = dict(family="DejaVu Sans Mono", va="center_baseline")
     for i, group in enumerate(shown):
@@ -910,9 +904,6 @@ def read_or_measure(source: Path, args: argparse.Namespace) -> dict[str, dict]:
         return read_metrics(folder)
     observed = (observe_hf(folder, args.text, args.tokens, args.device, args.dtype)
                 if source in args.hf else observe_run(folder, args.tokens, args.device))
-    if len(observed.tokens) < args.tokens:
-        warn(f"{source} saw {len(observed.tokens)} tokens, not {args.tokens}: the text is too "
-             "short.")
     return {Path(os.path.abspath(folder)).name: measure(observed)}
 
 

@@ -353,11 +353,8 @@ class SMoETransformer(nn.Module):
                 if top_k is not None:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -torch.inf)
-                if temperature < 1e-6:
-                    token = logits.argmax(-1, keepdim=True)              # (B, 1)
-                else:
-                    token = torch.multinomial((logits / temperature).softmax(-1), 1)
-                idx = torch.cat([idx, token], dim=1)
+                p = (logits / max(temperature, 1e-6)).softmax(-1)        # (B, V)
+                idx = torch.cat([idx, torch.multinomial(p, 1)], dim=1)
         finally:
             self.train(training)
         return idx
@@ -396,23 +393,6 @@ def watch(modules):
 def perplexity(loss: float) -> float:
     """loss in nats -> exp(loss), capped, as JSON has no infinity."""
     return math.exp(min(loss, 700.0))
-
-
-@torch.no_grad()
-def validate(model: SMoETransformer, batches) -> tuple[float, int, Tensor]:
-    """batches of idx and targets (B, T) -> sum of the cross-entropy over all tokens, their number,
-    and the tokens that each expert got (n_layer, E). The model is in eval mode."""
-    loss, n = 0.0, 0
-    c = model.config
-    loads = torch.zeros(c.n_layer, c.n_expert, device=model.head.weight.device)
-    with watch(model.routers()) as seen:
-        for idx, targets in batches:
-            loss += model(idx, targets)[1].item() * idx.numel()
-            n += idx.numel()
-            for load, layer in zip(loads, seen):
-                _, routing = layer.pop()  # and forget it: memory stays flat
-                load += torch.bincount(routing.indices.flatten(), minlength=len(load))
-    return loss, n, loads
 
 
 @torch.no_grad()

@@ -477,12 +477,6 @@ def test_the_routers_gradient_stays_float32_in_the_compiled_backward_pass(device
     assert relative_error(*gradients) < 1e-6  # 3e-3 where a product is in bfloat16
 
 
-def test_a_process_that_begins_by_compiling_can():
-    """As --bench --config=1b does; torch loads the settings of its compiler late."""
-    done = python("-c", "import torch, train; train.compiled(torch.nn.Linear(1, 1))")
-    assert done.returncode == 0, done.stderr
-
-
 # ---------------------------------------------------------------- a run
 
 ROOT = Path(train.__file__).parent
@@ -523,9 +517,9 @@ def read_log(out_dir):
     return [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
 
 
-def losses(out_dir):
+def losses(out_dir, *without):
     """The log without what depends on the clock."""
-    timing = ("tokens_per_s", "mfu")
+    timing = ("tokens_per_s", "mfu", *without)
     return [{k: v for k, v in record.items() if k not in timing and v is not None}
             for record in read_log(out_dir)]
 
@@ -619,10 +613,13 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
     run_train(f"--router={router}", "--out_dir=out/a")
     os.write.assert_called_once_with(2, b"\nstopping after this step\n")
     assert capsys.readouterr().out.endswith(
-        "stopped and saved at step 4; the same command with --out_dir=out/a --resume goes on\n")
-    assert checkpoint_of("out/a")["step"] == 4
+        "saved at step 4; go on with no other flags than --out_dir=out/a --resume\n")
+    stopped = checkpoint_of("out/a")
+    assert stopped["step"] == 4 and stopped["evaluation"]["val_tokens"] == 64
     resume()  # the settings come from the checkpoint
-    assert losses("out/a") == losses("out/whole")
+    whole = losses("out/whole")
+    assert losses("out/a") == [*whole[:4], losses("out/a")[4], *whole[5:]]  # 4: evaluated as well
+    assert losses("out/a")[4].items() > whole[4].items()
     assert same_state(checkpoint_of("out/a")["model"], checkpoint_of("out/whole")["model"])
 
 
@@ -675,14 +672,6 @@ def test_what_a_router_draws_at_random_in_evaluations_changes_nothing_in_the_tra
         run_train("--router=noisy", f"--eval_interval={interval}", f"--out_dir=out/{interval}")
         losses.append([record["train_loss"] for record in read_log(f"out/{interval}")])
     assert losses[0] == losses[1]
-
-
-def test_a_bug_in_an_own_router_is_no_damage_of_its_checkpoint(workdir, monkeypatch):
-    monkeypatch.setitem(ROUTERS, "own", ROUTERS["kmeans"])
-    run_train("--router=own", "--out_dir=out/a", "--max_iters=3")
-    monkeypatch.setitem(ROUTERS, "own", type("Own", (ROUTERS["kmeans"],), {"start": len}))
-    with pytest.raises(TypeError):
-        resume("--max_iters=6")
 
 
 def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(workdir):
@@ -741,17 +730,15 @@ def test_a_full_disk_gets_one_sentence_with_a_path_and_leaves_the_last_checkpoin
         raise RuntimeError("CUDA error: device-side assert triggered")  # no full disk
 
 
-@pytest.mark.parametrize("loss, name", [
-    (math.nan, None), (1.0, "embed.weight"), (1.0, "blocks.0.moe.router.centroids")])
+@pytest.mark.parametrize("name", ["embed.weight", "blocks.0.moe.router.centroids"])
 def test_what_is_not_finite_stops_the_run_and_never_replaces_a_good_checkpoint(
-        loss, name, workdir, monkeypatch):
+        name, workdir, monkeypatch):
     run_train("--out_dir=out/a", "--max_iters=3")
 
     def explode(model, *args):  # a loss may be fine, and the step that it led to not
-        if name:
-            model.state_dict()[name][0] = math.nan
+        model.state_dict()[name][0] = math.nan
         signal.raise_signal(signal.SIGTERM)  # a request to save in that very step
-        return torch.tensor([loss, 0.0])
+        return torch.tensor([1.0, 0.0])
 
     monkeypatch.setattr(train, "train_step", explode)
     handler = signal.getsignal(signal.SIGINT)
@@ -919,7 +906,7 @@ exec(compile("\ndef refuse(argv): raise ValueError('y must be positive.')", trai
     (refuse, "x must be positive."), (in_an_edited_file["refuse"], "y must be positive."),
     (bug_here, None),
     (lambda argv: torch.optim.AdamW([torch.zeros(1)], betas=(2, 2)), None),
-    (lambda argv: np.array([[1, 2], [3]]), None)])  # a sentence, too, as of a router of yours
+    (lambda argv: np.array([[1, 2], [3]]), None)])
 def test_a_mistake_and_too_little_memory_are_a_sentence_and_a_bug_keeps_its_traceback(
         main, words, capsys):
     with pytest.raises(SystemExit if words else ValueError):
@@ -989,7 +976,6 @@ def test_a_folder_that_holds_a_run_or_is_in_use_by_one_is_refused(workdir):
         run_train("--out_dir=out/a", "--learning_rate=1e30")
     run_train("--out_dir=out/a", "--overwrite")
     assert "out/a already holds a run; pass --resume" in refusal(run_train, "--out_dir=out/a")
-    assert "out holds the folders of other runs" in refusal(run_train, "--out_dir=out")
     os.remove("out/a/ckpt.pt")  # the log alone is worth something, but nothing to go on from
     assert "already holds a run; pass --overwrite" in refusal(run_train, "--out_dir=out/a")
 
@@ -1209,18 +1195,6 @@ def test_a_full_disk_or_an_interrupt_leaves_no_half_of_a_data_set(
     assert os.listdir("data") == []
 
 
-def test_two_commands_at_once_do_not_mix_their_files(tmp_path, monkeypatch):
-    def meanwhile(enc, text):  # another command begins and ends
-        monkeypatch.setattr(prepare_data, "encode", encode)
-        prepare(texts, data_root=tmp_path / "data", val_fraction=0.1)
-        return encode(enc, text)
-    texts = write_folder(tmp_path / "texts", many(60))
-    monkeypatch.setattr(prepare_data, "encode", meanwhile)
-    with pytest.raises(OSError, match="data/texts could not be made .*pass another --name"):
-        prepare(texts, data_root=tmp_path / "data", val_fraction=0.3)
-    assert len(documents(tmp_path / "data/texts", "val")) < 15  # those of the other
-
-
 def test_what_lies_in_the_place_of_a_data_set_is_never_replaced(tmp_path, corpus):
     before = {path.name: path.read_bytes() for path in corpus.iterdir()}
     sentence = refusal(prepare, tmp_path / "texts", data_root=tmp_path / "data", val_fraction=0.3)
@@ -1431,14 +1405,14 @@ def test_text_lines_are_whole_lines_of_text_with_the_expert_of_each_token():
 
 # ---------------------------------------------------------------- groups and tables
 
-def a_run(perplexity=4.0, seed=1, step=6, tokens=64, **settings):
+def a_run(perplexity=4.0, seed=1, step=6, tokens=64, val_tokens=128, **settings):
     """What metrics.json says of a run, as far as the tables need it."""
     settings = {"router": "aux", "seed": seed, "max_iters": 6, "top_k": 2, "z_loss_coef": 0.0,
                 "data_sha256": "a", "val_sha256": "a", "code": "a", "router_code": "a",
                 "repeated": "yes", "block_size": 16, "eval_tokens": 64,
                 "history": "none", "out_dir": f"out/{seed}"} | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
-            "tokens": tokens, "settings": settings}
+            "val_tokens": val_tokens, "tokens": tokens, "settings": settings}
 
 
 def test_runs_of_one_name_that_differ_in_the_seed_alone_are_one_group_and_no_copy_joins_it():
@@ -1453,7 +1427,7 @@ def test_runs_of_one_name_that_differ_in_the_seed_alone_are_one_group_and_no_cop
 
 @pytest.mark.parametrize("change", [
     {"data_sha256": "b"}, {"code": "b"}, {"repeated": "no"}, {"step": 3}, {"top_k": 4},
-    {"tokens": 4096}, {"val_sha256": "b"}, {"eval_tokens": 32},
+    {"tokens": 4096}, {"val_tokens": 64}, {"val_sha256": "b"}, {"eval_tokens": 32},
     {"history": "max_iters was 3 to step 3"}])
 def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(change):
     groups = analyze.group_runs({"aux-1": a_run(), "aux-2": a_run(seed=2, **change)})
@@ -1461,9 +1435,10 @@ def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(chan
     mark = " (not repeated)" * (name == "repeated")
     assert [group.label for group in groups] == ["aux-1", "aux-2" + mark]  # not both `aux`
     line = analyze.differing_settings(groups)
-    shown = {"step": "steps done", "tokens": "tokens seen"}.get(name, name)
+    shown = {"step": "steps done", "tokens": "tokens seen",
+             "val_tokens": "validation tokens"}.get(name, name)
     assert f"{shown} " in line and f"(aux-1), {value} (aux-2" in line
-    assert ("not comparable" in line) == (name == "val_sha256")
+    assert ("not comparable" in line) == (name in ("val_sha256", "val_tokens"))
     assert ("training.png" in line) == (name == "eval_tokens")
 
 
@@ -1477,14 +1452,6 @@ def test_groups_look_different_in_colour_or_marker_however_many_there_are():
 def test_the_table_marks_a_run_short_of_its_steps():
     table = analyze.markdown_table([("a", [a_run()]), ("b", [a_run(step=3)])])
     assert [line.split(" | ")[3] for line in table.splitlines()[2:]] == ["6", "3 of 6"]
-
-
-def test_one_line_names_every_setting_in_which_the_runs_differ():
-    groups = analyze.group_runs({"a-1": a_run(), "b": a_run(top_k=4, max_iters=9), "a-2": a_run(
-        seed=2), "c": a_run(router="kmeans")})
-    assert analyze.differing_settings(groups) == (
-        "Settings that differ: max_iters 6 (a, c), 9 (b); top_k 2 (a, c), 4 (b).")
-    assert "none but router or seed" in analyze.differing_settings(groups[::2])
 
 
 def test_differences_in_perplexity_are_paired_by_seed():
@@ -1565,11 +1532,6 @@ def test_an_own_routers_gradient_is_measured_whatever_its_parameter_is_called(mo
     for router in own.routers():  # rows that no gradient moves
         router.rows.requires_grad_(False)
     assert analyze.gradient_shares(own, *tokens()).isnan().all()
-    for router in own.routers():  # nor logits that no gradient reaches
-        router.rows.requires_grad_(True)
-        monkeypatch.setattr(router, "score", lambda x, score=router.score: tuple(
-            value.detach() for value in score(x)))
-    assert analyze.gradient_shares(own, *tokens()).isnan().all()
 
 
 # ---------------------------------------------------------------- the command, end to end
@@ -1638,23 +1600,6 @@ def test_there_is_one_perplexity_a_run_that_of_its_last_evaluation(analysis, wor
         last = read_log(workplace / "out" / name)[-1]
         assert run["perplexity"] == last["perplexity"] and run["val_tokens"] == 512
         assert run["load_std"] == pytest.approx(last["load_std"])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_that_was_stopped_is_evaluated_as_train_py_would_have_done_it(
-        dtype, workplace, tmp_path):
-    source, stopped = tmp_path / "source", tmp_path / "stopped"
-    with inside(workplace):
-        train.main([*RUN, "--router=aux", f"--dtype={dtype}", f"--out_dir={source}"])
-    change_checkpoint(source, stopped, evaluation=None)
-    change_checkpoint(source, tmp_path / "edited", evaluation=None, code="other")
-    analyze_in(workplace, source, stopped, tmp_path / "edited", "--tokens=64",
-               f"--out_dir={tmp_path}")
-    whole, found, edited = json.loads((tmp_path / "metrics.json").read_text()).values()
-    assert found["settings"]["repeated"] == "yes"
-    assert edited["settings"]["repeated"] == "no"
-    for key in ("perplexity", "val_tokens", "load_cv"):
-        assert found[key] == pytest.approx(whole[key], rel=1e-6)
 
 
 def test_the_tables_have_a_row_a_run_and_one_a_group(analysis):
@@ -1739,25 +1684,15 @@ def test_a_run_that_the_code_does_not_repeat_and_one_that_changed_are_named(
         "kmeans-1 (not repeated)")
 
 
-def test_seeds_with_other_evaluation_steps_are_one_curve():
-    ax, group = mock.Mock(), analyze.group_runs({"a-1": a_run(
-        batch_size=1, gradient_accumulation_steps=1), "a-2": a_run(
-            seed=2, batch_size=1, gradient_accumulation_steps=1)})[0]
-    analyze.draw_curves(ax, group, [{0: 0.0, 5: 5.0, 10: 10.0}, {0: 0.0, 10: 30.0, 20: 42.0}])
-    assert ax.plot.call_args.args[0].tolist() == [0, 160e-6]  # steps 0 and 10, in millions
-    assert ax.plot.call_args.args[1].tolist() == [0, 20]
-
-
 def test_runs_of_the_same_name_are_told_apart_and_the_home_folder_is_found(
         workplace, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     change_checkpoint(workplace / "out" / "aux-1", tmp_path / "mine" / "aux-1", code="other")
-    done = run_script("analyze.py", "out/aux-1", "~/mine/aux-1", "~/mine/aux-1", "--tokens=64",
+    done = run_script("analyze.py", "out/aux-1", "~/mine/aux-1", "--tokens=64",
                       "--out_dir=~/result", cwd=workplace)
     names = list(json.loads((tmp_path / "result" / "metrics.json").read_text()))
-    assert names == ["aux-1", "~/mine/aux-1", "~/mine/~/mine/aux-1"]
-    assert not (workplace / "~").exists()
-    assert re.search(r" code \w{12} \(aux-1\), other \(~/mine/aux-1, ~", done.stdout)
+    assert names == ["aux-1", "~/mine/aux-1"] and not (workplace / "~").exists()
+    assert re.search(r" code \w{12} \(aux-1\), other \(~/mine/aux-1\)", done.stdout)
 
 
 # ---------------------------------------------------------------- any mixture of experts
@@ -2009,10 +1944,6 @@ def test_models_are_analysed_alone_and_beside_runs_and_a_bad_one_spoils_no_other
     out, err = capsys.readouterr()
     assert "| olmoe | olmoe | – | – |" in out and "| gpt_oss | gpt_oss |" in out
     assert "nowhere is left out: it is no model" in err and err.count("left out") == 1
-    figure = pytest.importorskip("matplotlib.figure").Figure()
-    analyze.draw_common_mode(figure, analyze.group_runs(
-        json.loads(Path("out/analysis/metrics.json").read_text())))
-    assert len(figure.axes) == 1  # there is no training to show
     run_train("--router=aux", "--seed=1", "--out_dir=out/aux-1")
     analyze.main(["out/aux-1", *flags[:1], *flags[3:]])
     runs = json.loads((workdir / "out/analysis/metrics.json").read_text())
@@ -2021,8 +1952,6 @@ def test_models_are_analysed_alone_and_beside_runs_and_a_bad_one_spoils_no_other
     # no line of text to show, in the run neither: sequences of 16 bytes
     drawn = {path.name for path in (workdir / "out/analysis").glob("*.png")}
     assert drawn == set(analyze.FIGURES) - {"experts.png"}
-    assert set(json.loads(Path("out/analysis/metrics.old-1.json").read_text())) == {
-        "olmoe", "gpt_oss"}
 
 
 # ---------------------------------------------------------------- the lesson
@@ -2103,15 +2032,14 @@ def test_the_end_of_an_analysis_loses_no_run_that_was_measured(workplace, tmp_pa
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
 
 
-def test_a_run_is_added_to_the_metrics_json_of_earlier_ones(workplace, analysis, tmp_path, capsys):
+def test_a_run_is_added_to_the_metrics_json_of_earlier_ones(workplace, analysis, tmp_path):
     one = json.dumps({"earlier": analysis[2]["aux-1"]})
     (tmp_path / "metrics.json").write_text(one)
     (tmp_path / "more.json").write_text(one.replace("earlier", "another"))
     analyze_in(workplace, "out/aux-2", tmp_path / "more.json", tmp_path / "metrics.json",
-               "--tokens=99999", f"--out_dir={tmp_path}")
+               "--tokens=64", f"--out_dir={tmp_path}")
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == [
         "aux-2", "another", "earlier"]
-    assert re.search(r"aux-2 saw \d+ tokens, not 99999", capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------- the README

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from model import (
     INCIDENTAL, Config, SMoETransformer, code_of, config_of, coupling_spearman, load_balance,
-    load_checkpoint, perplexity, router_similarity, validate)
+    load_checkpoint, perplexity, router_similarity, watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_batch, get_tokenizer, lock, open_dataset, prepare,
     printable, replacing)
@@ -271,24 +271,32 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     the processes; the coupling on 2,048, the same for each process. Means are over layers."""
     where = dict(block_size=c.block_size, device=machine.device)
     cuda = [machine.device.index] if machine.device.type == "cuda" else []
+    sums = torch.zeros(2, dtype=torch.double, device=machine.device)     # of the loss, of tokens
+    loads = torch.zeros(c.n_layer, c.n_expert, device=machine.device)
     model.eval()
     # fork_rng: what a router of your own draws here leaves the training as it was
-    with machine.autocast, torch.random.fork_rng(cuda):
-        loss, n, loads = validate(model, eval_batches(
-            data, n_tokens, batch_size=c.batch_size, rank=machine.rank,
-            world_size=machine.world_size, **where))
+    with machine.autocast, torch.random.fork_rng(cuda), torch.no_grad():
+        with watch(model.routers()) as seen:
+            for idx, targets in eval_batches(data, n_tokens, batch_size=c.batch_size,
+                                             rank=machine.rank, world_size=machine.world_size,
+                                             **where):
+                sums[0] += model(idx, targets)[1].double() * idx.numel()
+                sums[1] += idx.numel()
+                for load, layer in zip(loads, seen):
+                    _, routing = layer.pop()  # and forget it: memory stays flat
+                    load += torch.bincount(routing.indices.flatten(), minlength=c.n_expert)
         torch.manual_seed(0)  # analyze.py is to find the same
         coupling = coupling_spearman(model, eval_batches(data, 2048, batch_size=1, **where))
     model.train()
     loads = sum_over_processes(loads).cpu()                                           # (n_layer, E)
-    sums = sum_over_processes(torch.tensor([loss, n], dtype=torch.double, device=machine.device))
-    val_loss = (sums[0] / sums[1]).item()
+    loss, n = sum_over_processes(sums).tolist()
+    val_loss = loss / n
     load_std, max_violation = load_balance(loads)                        # (n_layer) each
     similarity = torch.stack([router_similarity(r.directions)[0] for r in model.routers()])
     return {"val_loss": val_loss, "perplexity": perplexity(val_loss),
             "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
             "router_similarity": mean(similarity), "coupling_spearman": mean(coupling),
-            "val_tokens": int(sums[1])}, loads
+            "val_tokens": int(n)}, loads
 
 
 # ---------------------------------------------------------------- the files of a run
@@ -301,8 +309,6 @@ def claim(out_dir: Path, c: TrainConfig):
         go_on = "--resume to go on with it, " if "ckpt.pt" in names else ""
         raise ValueError(f"{out_dir} already holds a run; pass {go_on}--overwrite to start anew, "
                          "which renames that folder, or another --out_dir.")
-    if not c.resume and any(out_dir.glob("*/ckpt.pt")):  # --overwrite would rename them all
-        raise ValueError(f"{out_dir} holds the folders of other runs; name one for this run.")
     out_dir.mkdir(parents=True, exist_ok=True)
     file = lock(out_dir)  # before the folder is renamed: a run may be in it
     if names and c.overwrite:
@@ -352,16 +358,13 @@ def write_log(out_dir: Path, records: list[dict]) -> None:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def check_finite(record: dict, model, path: Path) -> None:
-    """Ends a run that has diverged before it saves anything. The loss is from before the step, so
-    it can be fine where the weights are not."""
-    losses = [record[key] for key in ("train_loss", "val_loss") if key in record]
-    weights = (all(p.isfinite().all() for p in model.parameters())
-               and not any(b.isnan().any() for b in model.buffers()))  # yours may hold -inf
-    if not (weights and all(map(math.isfinite, losses))):
-        raise ValueError(f"loss or weights are not finite at step {record['step']}; the last good "
-                         f"checkpoint, if any, is {path}. Try a lower --learning_rate or a longer "
-                         "--warmup_iters.")
+def check_finite(model, step: int, path: Path) -> None:
+    """Ends a run that has diverged before it saves anything. Its loss is of before the step and may
+    still be fine; after one that is not, neither are the weights."""
+    if not (all(p.isfinite().all() for p in model.parameters())
+            and not any(b.isnan().any() for b in model.buffers())):  # yours may hold -inf
+        raise ValueError(f"the weights are not finite at step {step}; the last good checkpoint, if "
+                         f"any, is {path}. Try a lower --learning_rate or a longer --warmup_iters.")
 
 
 # ---------------------------------------------------------------- speed
@@ -517,9 +520,10 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
 
             # measure, once in a while
             last = step == c.max_iters
-            evaluating = last or step % c.eval_interval == 0
-            if not (evaluating or stop or step % c.log_interval == 0):
+            evaluating = last or stop or step % c.eval_interval == 0
+            if not (evaluating or step % c.log_interval == 0):
                 continue
+            check_finite(raw_model, step, out_dir / "ckpt.pt")
             # this waits for the device
             train_loss, aux_loss = (sum_over_processes(losses) / world_size).tolist()
             speed = (step - start_step) * tokens / (time.perf_counter() - start)
@@ -532,18 +536,16 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
                 metrics, load = evaluate(
                     raw_model, data, c.final_eval_tokens if last else c.eval_tokens, machine, c)
                 record |= metrics
-                if last:
-                    about["evaluation"] = metrics | {"load": load}
-            check_finite(record, raw_model, out_dir / "ckpt.pt")
+                about["evaluation"] = metrics | {"load": load}
             about["log"].append(record)
 
-            # save: the log at each measurement, a checkpoint at each evaluation and at the end
+            # save: the log at each measurement, a checkpoint at each evaluation
             if machine.master:
                 check_claim(file, out_dir)
                 write_log(out_dir, about["log"])
-                if evaluating or stop:
+                if evaluating:
                     save(out_dir, about, raw_model, optimizer, step)
-                if evaluating:  # one line, above the progress bar
+                    # one line, above the progress bar
                     numbers = [f"{key} {value:.4g}" for key, value in metrics.items()
                                if isinstance(value, float)]
                     tqdm.write(f"step {step}, {', '.join(numbers)}")
@@ -589,8 +591,8 @@ def main(argv: list[str]) -> None:
     if machine.master and step == c.max_iters:
         show_result(model, data, about["evaluation"], machine.autocast, c)
     elif machine.master:
-        print(f"stopped and saved at step {step}; the same command with "
-              f"--out_dir={shlex.quote(c.out_dir)} --resume goes on")
+        print(f"stopped and saved at step {step}; go on with no other flags than "
+              f"--out_dir={shlex.quote(c.out_dir)} --resume")
     if machine.world_size > 1:  # together: one that leaves early can take gloo's threads down
         dist.barrier()
         dist.destroy_process_group()
