@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from model import (
     INCIDENTAL, coupling_spearman, expert_activations, expert_colors, load_balance,
-    load_checkpoint, perplexity, router_cosines, router_similarity, spearman, watch)
+    load_checkpoint, objective, perplexity, router_cosines, router_similarity, spearman, watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_tokenizer, mistake, open_corpus, open_dataset,
     printable, replacing, visible)
@@ -75,8 +75,8 @@ class Observed(NamedTuple):
 def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     """The run in `folder`, on n_tokens validation tokens (rounded up to whole sequences), in
     float32 and eval mode: nothing moves. Its perplexity and load are those of its own last
-    evaluation: of a run that was stopped, on fewer tokens than at an end. Raises ValueError for
-    one that cannot be measured."""
+    evaluation, if it was stopped on fewer tokens than at its end. Raises ValueError for one that
+    cannot be measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
     config, evaluation = checkpoint["config"], checkpoint["evaluation"]
@@ -90,14 +90,16 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         return list(eval_batches(data, n, block_size=c.block_size, device=device, batch_size=size))
 
     model.to(device).eval()
-    torch.manual_seed(0)  # a router of your own may draw in eval mode, too
     with torch.autocast(torch.device(device).type, torch.bfloat16,
                         enabled=config["dtype"] == "bfloat16"):  # as train.py does it
-        now = coupling_spearman(model, batches(2048, size=1)).nanmean().item()
-    then = evaluation["coupling_spearman"]  # None: one expert, for example
-    repeated = then is None or abs(now - then) < 5e-4  # rounding: below 1e-4
-    if not repeated:
-        warn(f"The code was edited since {folder} was trained, and may measure another router.")
+        few = batches(2048, size=1)
+        loss, coupling = objective(model, few), coupling_spearman(model, few).nanmean().item()
+    # does the code compute what it did? (Rounding, in bfloat16 too, moves less than this)
+    then = [evaluation["objective"], evaluation["coupling_spearman"] or 0.0]  # None: one expert
+    repeated = "yes"
+    if abs(loss - then[0]) > 0.002 * then[0] or abs(coupling - then[1]) > 0.001:
+        repeated = (f"loss + aux_loss {loss:.4f} and not {then[0]:.4f}, rank correlation "
+                    f"{coupling:.4f} and not {then[1]:.4f}")
     tokens, layers = observe_layers(
         model, tqdm(batches(n_tokens), folder.name, **BAR), evaluation["load"].to(device),
         gradient_shares(model, *batches(1024)[0]))
@@ -105,8 +107,8 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     # has its default, as in the model
     settings = vars(c) | config | {
         "code": checkpoint["code"], "router_code": checkpoint["router_code"],
-        "repeated": "yes" if repeated else "no",
-        "history": ", ".join(checkpoint["history"]) or "none",  # what a --resume has changed
+        # what a --resume has changed
+        "repeated": repeated, "history": ", ".join(checkpoint["history"]) or "none",
         "data_sha256": checkpoint["sha256"]["train.bin"][:12],
         "val_sha256": checkpoint["sha256"]["val.bin"][:12]}
     about = {
@@ -748,8 +750,10 @@ def draw_alignment(fig, groups) -> None:
 
 
 def draw_training(fig, groups) -> None:
-    groups = logged(groups)
-    if not groups:
+    for group in groups:
+        if group.runs[0]["log"] and group not in logged(groups):  # an --hf model has none
+            warn(f"training.png lacks {group.label}, which had no evaluation on its way.")
+    if not (groups := logged(groups)):
         return
     left, middle, right = fig.subplots(1, 3)
     for group in groups:
@@ -816,7 +820,8 @@ FIGURES = {  # file: what draws it, its title, height in inches
     "alignment.png": (draw_alignment, "Aligned: the point lies to the right of the dotted line", 2),
     "common_mode.png": (draw_common_mode, "Alike for a common reason: directions that share the "
                         "mean hidden state", 4),
-    "training.png": (draw_training, "What training does to perplexity, balance and coupling", 3.4),
+    "training.png": (draw_training, "What training does, before the last evaluation (which is "
+                     "on more text)", 3.4),
     "experts.png": (draw_experts, "Colour: the first expert of each token (colours compare within "
                     "one panel only)", 6.6)}
 
@@ -932,6 +937,9 @@ def print_table(runs: dict[str, dict], groups: list[Group]) -> None:
     for name, run in runs.items():
         if (history := run["settings"].get("history", "none")) != "none":
             print(f"\n{name} changed on its way: {history}.")
+        if (repeated := run["settings"].get("repeated", "yes")) != "yes":
+            print(f"\n{name} is not repeated by the code that measured it ({repeated}): its "
+                  "numbers may be those of another router.")
     if len(groups) > 1:
         print("", differing_settings(groups), *paired_differences(groups), sep="\n")
 
@@ -950,11 +958,13 @@ def main(argv: list[str]) -> None:
         collect(sources, args, runs)
     finally:  # Ctrl-C loses no run that was measured
         if runs:
-            write_metrics(path, runs)
+            groups = group_runs(runs)
+            try:
+                print_table(runs, groups)
+            finally:  # its reader may be gone, as in | head
+                write_metrics(path, runs)
     if not runs:
         raise ValueError("no run is left to analyze.")
-    groups = group_runs(runs)
-    print_table(runs, groups)
     try:
         figures = draw_figures(groups, path.parent)
     except ImportError:

@@ -396,6 +396,15 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
+def objective(model: SMoETransformer, batches) -> float:
+    """Mean of loss + aux_loss over batches of idx and targets (B, T). A checkpoint has it on a few
+    validation tokens, and analyze.py computes it again: is the code still the one that trained?"""
+    torch.manual_seed(0)  # for what a router of your own draws
+    losses = [sum(model(idx, targets)[1:]).item() for idx, targets in batches]
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
 def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
     """batches of idx and targets (B, T) -> (n_layer): the rank correlation over tokens of router
     score and activation ||W_gate x||, mean over experts. The model is in eval mode."""
@@ -499,7 +508,7 @@ def code_of(router: str) -> dict[str, str]:
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
-    """-> (the trained model, on the CPU; what train.save_checkpoint wrote). The file is mapped:
+    """-> (the trained model, on the CPU; what train.save wrote). The file is mapped:
     what you do not touch, as the optimizer's state, costs no memory. Raises ValueError for a
     missing, damaged or foreign file."""
     def unfit(error):
@@ -509,8 +518,8 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
 
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        for key in ("model", "optimizer", "step", "config", "log", "evaluation", "rng", "history",
-                    "sha256", "code", "router_code", "tokenizer"):
+        for key in ("model", "optimizer", "step", "config", "log", "evaluation", "finished",
+                    "rng", "history", "sha256", "code", "router_code", "tokenizer"):
             checkpoint[key]  # KeyError if it is missing
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not there; name the folder of a run that has saved one."

@@ -616,11 +616,14 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
         "saved at step 4; go on with no other flags than --out_dir=out/a --resume\n")
     stopped = checkpoint_of("out/a")
     assert stopped["step"] == 4 and stopped["evaluation"]["val_tokens"] == 64
+    assert not stopped["finished"] and checkpoint_of("out/whole")["finished"]
     resume()  # the settings come from the checkpoint
     whole = losses("out/whole")
     assert losses("out/a") == [*whole[:4], losses("out/a")[4], *whole[5:]]  # 4: evaluated as well
     assert losses("out/a")[4].items() > whole[4].items()
     assert same_state(checkpoint_of("out/a")["model"], checkpoint_of("out/whole")["model"])
+    analyze.main(["out/a", "--tokens=64"])
+    assert "is not repeated" not in capsys.readouterr().out
 
 
 def test_resume_writes_the_log_of_the_checkpoint_whatever_the_file_holds(workdir):
@@ -687,6 +690,28 @@ train.main(["--out_dir=out/a", "--resume", "--max_iters=6"])""")
     assert load_checkpoint("out/a/ckpt.pt")[1]["step"] == 3
     resume("--max_iters=6")  # the lock died with its process
     assert checkpoint_of("out/a")["step"] == 6
+
+
+def test_a_kill_in_the_last_evaluation_loses_no_step_and_resume_evaluates(workdir, monkeypatch):
+    run_train("--out_dir=out/whole")
+    finish = train.finish
+    monkeypatch.setattr(train, "finish", mock.Mock(side_effect=SystemError))
+    with pytest.raises(SystemError):
+        run_train("--out_dir=out/a")
+    monkeypatch.setattr(train, "finish", finish)
+    resume()
+    assert losses("out/a") == losses("out/whole")
+    assert checkpoint_of("out/a")["evaluation"]["val_tokens"] == 128
+
+
+def test_what_finds_no_room_for_a_while_is_written_at_the_next_evaluation(
+        workdir, monkeypatch, capsys):
+    save = mock.Mock(side_effect=[OSError(28, "No space left on device"), *[mock.DEFAULT] * 9],
+                     wraps=torch.save)
+    monkeypatch.setattr(torch, "save", save)
+    run_train("--out_dir=out/a")
+    assert "Step 3 could not be saved (out/a/ckpt.pt could not" in capsys.readouterr().out
+    assert [r["step"] for r in read_log("out/a")] == [0, 1, 2, 3, 4, 5, 6] and save.call_count == 3
 
 
 def test_a_run_whose_folder_is_moved_stops_and_mixes_with_no_other(workdir, monkeypatch):
@@ -1676,8 +1701,8 @@ def test_a_run_that_the_code_does_not_repeat_and_one_that_changed_are_named(
     analyze_in(workplace, "out/aux-1", "out/kmeans-1", tmp_path / "more", "--tokens=64",
                f"--out_dir={tmp_path}")
     out, err = capsys.readouterr()
-    assert re.findall(r"^The code was edited since (\S+) was trained", err, re.MULTILINE) == [
-        "out/kmeans-1", f"{tmp_path}/more"]
+    assert re.findall(r"^(\S+) is not repeated by the code", out, re.MULTILINE) == [
+        "kmeans-1", "more"] and err == ""
     assert "more changed on its way: max_iters was 6 to step 6." in out
     assert "aux-1 changed" not in out
     assert analyze.group_runs(json.loads((tmp_path / "metrics.json").read_text()))[1].label == (
@@ -2073,7 +2098,7 @@ def test_the_readmes_router_trains_and_goes_on_and_is_analyzed_by_the_commands_t
     # the table has a dash
     done = python("analyze.py", "out/my_router", env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
-    assert "was edited" not in done.stderr  # a comment changes no number
+    assert "is not repeated" not in done.stdout  # a comment changes no number
     metrics = json.loads(Path("out/analysis/metrics.json").read_text())["my_router"]
     assert metrics["unrouted_gradient_share"] is None and metrics["perplexity"] > 0
     Path("my_router.py").unlink()

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from model import (
     INCIDENTAL, Config, SMoETransformer, code_of, config_of, coupling_spearman, load_balance,
-    load_checkpoint, perplexity, router_similarity, watch)
+    load_checkpoint, objective, perplexity, router_similarity, watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_batch, get_tokenizer, lock, open_dataset, prepare,
     printable, replacing)
@@ -157,7 +157,8 @@ def check_resume(checkpoint: dict, c: TrainConfig) -> None:
         if old[name] != getattr(c, name):
             raise ValueError(f"the run in {c.out_dir} was trained with {name} = {old[name]!r} and "
                              f"cannot go on with {getattr(c, name)!r}; start another one.")
-    if checkpoint["step"] >= c.max_iters:
+    left = c.max_iters - checkpoint["step"]
+    if left < 0 or left == 0 and checkpoint["finished"]:  # else the last evaluation is left to do
         raise ValueError(f"the run in {c.out_dir} has done {checkpoint['step']} steps of "
                          f"{c.max_iters}; pass a larger --max_iters to go on.")
 
@@ -266,9 +267,10 @@ def mean(values: torch.Tensor) -> float | None:
 
 
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
-    """-> (metrics for the log, see README.md; tokens that each expert got (n_layer, E)). Loss and
-    load are on n_tokens validation tokens, the same for every seed and batch size, divided among
-    the processes; the coupling on 2,048, the same for each process. Means are over layers."""
+    """-> (metrics for the log, see README.md; what else a checkpoint notes: the tokens that each
+    expert got (n_layer, E), the objective). Loss and load are on n_tokens validation tokens, the
+    same for every seed and batch size, divided among the processes; coupling and objective on
+    2,048, the same for each process. Means are over layers."""
     where = dict(block_size=c.block_size, device=machine.device)
     cuda = [machine.device.index] if machine.device.type == "cuda" else []
     sums = torch.zeros(2, dtype=torch.double, device=machine.device)     # of the loss, of tokens
@@ -285,8 +287,9 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
                 for load, layer in zip(loads, seen):
                     _, routing = layer.pop()  # and forget it: memory stays flat
                     load += torch.bincount(routing.indices.flatten(), minlength=c.n_expert)
-        torch.manual_seed(0)  # analyze.py is to find the same
-        coupling = coupling_spearman(model, eval_batches(data, 2048, batch_size=1, **where))
+        few = list(eval_batches(data, 2048, batch_size=1, **where))
+        repeatable = objective(model, few)
+        coupling = coupling_spearman(model, few)
     model.train()
     loads = sum_over_processes(loads).cpu()                                           # (n_layer, E)
     loss, n = sum_over_processes(sums).tolist()
@@ -296,7 +299,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     return {"val_loss": val_loss, "perplexity": perplexity(val_loss),
             "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
             "router_similarity": mean(similarity), "coupling_spearman": mean(coupling),
-            "val_tokens": int(n)}, loads
+            "val_tokens": int(n)}, {"load": loads, "objective": repeatable}
 
 
 # ---------------------------------------------------------------- the files of a run
@@ -327,7 +330,8 @@ def check_claim(file, out_dir: Path) -> None:
     there = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
     if not there and file.name != os.devnull:  # as lock() gives it on Windows
         raise ValueError(f"{out_dir} was moved or replaced while a run wrote to it; its last "
-                         "checkpoint lies where the folder is now, go on with --resume there.")
+                         "checkpoint, if any, lies where the folder is now: go on there with "
+                         "--resume.")
 
 
 def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
@@ -353,7 +357,7 @@ def save(out_dir: Path, about: dict, model, optimizer, step: int) -> None:
 
 
 def write_log(out_dir: Path, records: list[dict]) -> None:
-    """log.jsonl, always whole: steps after the checkpoint of a resume are gone from it."""
+    """The whole of log.jsonl: steps after the checkpoint of a resume are gone from it."""
     with replacing(out_dir / "log.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
 
@@ -451,7 +455,7 @@ def begin(c: TrainConfig, model, checkpoint: dict | None, data, machine: Machine
     checkpoints say of it)."""
     config = asdict(c) | {"dtype": str(machine.dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
-    about = dict(config=config, log=[], history=[], evaluation=None, sha256=data.meta["sha256"],
+    about = dict(config=config, log=[], history=[], finished=False, sha256=data.meta["sha256"],
                  tokenizer=data.meta["tokenizer"]["name"], **code_of(c.router))
     if not checkpoint:
         model = make_model(c, machine.device)  # the same on every rank
@@ -519,8 +523,8 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
             stop = bool(sum_over_processes(torch.tensor(len(signals))))
 
             # measure, once in a while
-            last = step == c.max_iters
-            evaluating = last or stop or step % c.eval_interval == 0
+            last = step == c.max_iters or stop
+            evaluating = last or step % c.eval_interval == 0
             if not (evaluating or step % c.log_interval == 0):
                 continue
             check_finite(raw_model, step, out_dir / "ckpt.pt")
@@ -533,25 +537,47 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
             bar.set_postfix(loss=f"{train_loss:.3f}")
             if evaluating:
                 # the model that is not compiled: evaluation is rare, and need not compile again
-                metrics, load = evaluate(
-                    raw_model, data, c.final_eval_tokens if last else c.eval_tokens, machine, c)
+                metrics, noted = evaluate(raw_model, data, c.eval_tokens, machine, c)
                 record |= metrics
-                about["evaluation"] = metrics | {"load": load}
+                about["evaluation"] = metrics | noted
             about["log"].append(record)
 
-            # save: the log at each measurement, a checkpoint at each evaluation
+            # save: a checkpoint at each evaluation, a line of the log at each measurement
             if machine.master:
                 check_claim(file, out_dir)
-                write_log(out_dir, about["log"])
+                try:
+                    if evaluating:
+                        save(out_dir, about, raw_model, optimizer, step)
+                    with open(out_dir / "log.jsonl", "a") as log:
+                        log.write(json.dumps(record) + "\n")
+                except OSError as error:
+                    if last:
+                        raise
+                    tqdm.write(f"Step {step} could not be saved ({error}); the next evaluation "
+                               "tries again.")
                 if evaluating:
-                    save(out_dir, about, raw_model, optimizer, step)
-                    # one line, above the progress bar
-                    numbers = [f"{key} {value:.4g}" for key, value in metrics.items()
-                               if isinstance(value, float)]
-                    tqdm.write(f"step {step}, {', '.join(numbers)}")
+                    show(step, metrics)
             start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
     bar.close()
     return step
+
+
+def finish(model, optimizer, about: dict, data, file, machine: Machine, c: TrainConfig) -> None:
+    """The last evaluation, on more tokens, takes the place of that of the last step."""
+    metrics, noted = evaluate(model, data, c.final_eval_tokens, machine, c)
+    about["log"][-1] |= metrics
+    about |= {"evaluation": metrics | noted, "finished": True}
+    if machine.master:
+        check_claim(file, Path(c.out_dir))
+        save(Path(c.out_dir), about, model, optimizer, c.max_iters)
+        write_log(Path(c.out_dir), about["log"])
+        show(c.max_iters, metrics)
+
+
+def show(step: int, metrics: dict) -> None:
+    """One line on an evaluation, above the progress bar."""
+    numbers = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
+    tqdm.write(f"step {step}, {', '.join(numbers)}")
 
 
 def show_result(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
@@ -588,6 +614,8 @@ def main(argv: list[str]) -> None:
         model, optimizer, step, about = begin(c, model, checkpoint, data, machine)
         del checkpoint  # it is mapped from the file
         step = train(model, optimizer, step, about, data, file, machine, c)
+        if step == c.max_iters:
+            finish(model, optimizer, about, data, file, machine, c)
     if machine.master and step == c.max_iters:
         show_result(model, data, about["evaluation"], machine.autocast, c)
     elif machine.master:
