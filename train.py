@@ -527,8 +527,7 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
             evaluating = last or step % c.eval_interval == 0
             if not (evaluating or step % c.log_interval == 0):
                 continue
-            check_finite(raw_model, step, out_dir / "ckpt.pt")
-            # this waits for the device
+            check_finite(raw_model, step, out_dir / "ckpt.pt")  # this waits for the device
             train_loss, aux_loss = (sum_over_processes(losses) / world_size).tolist()
             speed = (step - start_step) * tokens / (time.perf_counter() - start)
             flops = speed * raw_model.flops_per_token()
@@ -563,7 +562,8 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
 
 
 def finish(model, optimizer, about: dict, data, file, machine: Machine, c: TrainConfig) -> None:
-    """The last evaluation, on more tokens, takes the place of that of the last step."""
+    """The last evaluation, on more tokens, takes the place of that of the last step. All is saved
+    when it begins, so it may be interrupted, and --resume repeats it."""
     metrics, noted = evaluate(model, data, c.final_eval_tokens, machine, c)
     about["log"][-1] |= metrics
     about |= {"evaluation": metrics | noted, "finished": True}
@@ -572,6 +572,7 @@ def finish(model, optimizer, about: dict, data, file, machine: Machine, c: Train
         save(Path(c.out_dir), about, model, optimizer, c.max_iters)
         write_log(Path(c.out_dir), about["log"])
         show(c.max_iters, metrics)
+        show_result(model, data, metrics, machine.autocast, c)
 
 
 def show(step: int, metrics: dict) -> None:
@@ -616,11 +617,9 @@ def main(argv: list[str]) -> None:
         step = train(model, optimizer, step, about, data, file, machine, c)
         if step == c.max_iters:
             finish(model, optimizer, about, data, file, machine, c)
-    if machine.master and step == c.max_iters:
-        show_result(model, data, about["evaluation"], machine.autocast, c)
-    elif machine.master:
-        print(f"stopped and saved at step {step}; go on with no other flags than "
-              f"--out_dir={shlex.quote(c.out_dir)} --resume")
+        elif machine.master:
+            print(f"stopped and saved at step {step}; go on with no other flags than "
+                  f"--out_dir={shlex.quote(c.out_dir)} --resume")
     if machine.world_size > 1:  # together: one that leaves early can take gloo's threads down
         dist.barrier()
         dist.destroy_process_group()
