@@ -158,7 +158,7 @@ class Experts(torch.autograd.Function):
         h = silu * b                                                     # (N*K, H)
 
         dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
-        # gradient at gate * h: W_down^T dy
+        # forward: out = W_down (gate * h). At gate * h the gradient is W_down^T dy
         dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H)
         # d_i of the README: (W_down^T dy) . h = dy . (W_down h); autograd takes it on to the logits
         # and, times x_t, to the router rows
@@ -398,7 +398,7 @@ def perplexity(loss: float) -> float:
 @torch.no_grad()
 def objective(model: SMoETransformer, batches) -> float:
     """Mean of loss + aux_loss over batches of idx and targets (B, T). A checkpoint has it on a few
-    validation tokens, and analyze.py computes it again: is the code still the one that trained?"""
+    validation tokens. analyze.py computes it, and the coupling, again: do they repeat?"""
     torch.manual_seed(0)  # for what a router of your own draws
     losses = [sum(model(idx, targets)[1:]).item() for idx, targets in batches]
     return sum(losses) / len(losses)

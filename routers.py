@@ -9,9 +9,8 @@ n_expert experts. Every router here is the same four verbs in the same order:
     update    once after each optimizer step: move bias and centroids by what was counted
 
 The first three are called for every batch, with aux_loss, which is added to the training loss. Pass
-over the rest at first: count and statistics feed update, start draws first values. select ranks the
-scores: the logits, or their softmax or sigmoid. gate starts from the logits: the scores would give
-the same numbers, but a gradient of rounding noise to the rows that are not selected.
+over the rest at first: count and statistics feed update, start draws first values. The logits are
+what gate starts from, the scores what select ranks: the same, or their softmax or sigmoid.
 
 They differ in where the scores come from and in what keeps the load even:
 
@@ -96,7 +95,8 @@ class Router(nn.Module):
 
     def statistics(self) -> list[Tensor]:
         """The buffers that count() fills: update() sees them summed over micro-batches and
-        processes. Change any other buffer in update() only, or the processes diverge."""
+        processes, then they are set to 0. Change any other in update() only, or the processes
+        diverge."""
         return [self.load]
 
 
@@ -158,7 +158,9 @@ class LearnedRouter(Router):
         return logits, logits.sigmoid()
 
     def gate(self, chosen_logits: Tensor) -> Tensor:
-        if self.config.score_fn == "softmax":  # over all E, then normalised over S: the same
+        # the scores, normalised over S, are the same numbers, but their gradient, which cancels on
+        # paper, would leave rounding noise on the logits that are not selected
+        if self.config.score_fn == "softmax":
             return chosen_logits.softmax(-1)  # (N, K)
         return F.normalize(chosen_logits.sigmoid(), p=1.0, dim=-1)
 
@@ -231,7 +233,8 @@ class KMeansRouter(Router):
         return self.centroids  # (E, C)
 
     def start(self) -> None:
-        """Random directions, as long as the RMSNorm outputs that they will average: sqrt(C)."""
+        """Random directions, as long as the RMSNorm outputs that they will average: sqrt(C). After
+        n steps ema_decay^n of this start is left."""
         directions = F.normalize(torch.randn_like(self.centroids), dim=-1)  # (E, C)
         self.centroids.copy_(directions * self.config.n_embd ** 0.5)
 

@@ -138,7 +138,8 @@ def parse_args(argv: list[str]) -> tuple:
     if named.resume:
         out_dir = os.path.expanduser(named.out_dir or f"out/{named.router}")
         model, checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"))
-        parser.set_defaults(**{  # but for settings that you have removed from the code since
+        # settings that you have removed from the code since are left out
+        parser.set_defaults(**{
             name: value for name, value in checkpoint["config"].items() if name in vars(named)}
             | {"out_dir": out_dir})
     c = TrainConfig(**vars(parser.parse_args(argv)))
@@ -158,7 +159,7 @@ def check_resume(checkpoint: dict, c: TrainConfig) -> None:
             raise ValueError(f"the run in {c.out_dir} was trained with {name} = {old[name]!r} and "
                              f"cannot go on with {getattr(c, name)!r}; start another one.")
     left = c.max_iters - checkpoint["step"]
-    if left < 0 or left == 0 and checkpoint["finished"]:  # else the last evaluation is left to do
+    if left < 0 or (left == 0 and checkpoint["finished"]):  # or finish() alone is left to do
         raise ValueError(f"the run in {c.out_dir} has done {checkpoint['step']} steps of "
                          f"{c.max_iters}; pass a larger --max_iters to go on.")
 
@@ -202,8 +203,8 @@ def set_up(c: TrainConfig) -> Machine:
 
 
 def make_model(c: TrainConfig, device: torch.device) -> SMoETransformer:
-    """The weights depend on the seed alone. The model gets the fields of Config and no others, as
-    load_checkpoint gives it."""
+    """The weights depend on the seed and the settings of the model, not on device or rank. It gets
+    the fields of Config and no others, as load_checkpoint gives it."""
     torch.manual_seed(c.seed)
     return SMoETransformer(config_of(vars(c))).to(device)
 
@@ -267,10 +268,10 @@ def mean(values: torch.Tensor) -> float | None:
 
 
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
-    """-> (metrics for the log, see README.md; what else a checkpoint notes: the tokens that each
-    expert got (n_layer, E), the objective). Loss and load are on n_tokens validation tokens, the
-    same for every seed and batch size, divided among the processes; coupling and objective on
-    2,048, the same for each process. Means are over layers."""
+    """-> (metrics, noted). metrics: numbers for the log (README.md), means over layers. noted, for
+    the checkpoint: `load` (n_layer, E), tokens that each expert got, and `objective`. Loss and load
+    are on n_tokens validation tokens, the same for every seed and batch size, divided among the
+    processes; coupling and objective on 2,048, the same for each process."""
     where = dict(block_size=c.block_size, device=machine.device)
     cuda = [machine.device.index] if machine.device.type == "cuda" else []
     sums = torch.zeros(2, dtype=torch.double, device=machine.device)     # of the loss, of tokens
@@ -335,8 +336,9 @@ def check_claim(file, out_dir: Path) -> None:
 
 
 def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
-    """-> Dataset of data/<dataset>, of these hashes if the run is to go on. stdlib and python,
-    which every machine has, are prepared here if they are missing."""
+    """-> the Dataset in data/<dataset>; stdlib and python, which every machine has, are prepared
+    here if they are missing. sha256: the hashes that a resumed run noted; other files raise
+    ValueError."""
     folder = Path("data", c.dataset)
     if c.dataset in ("stdlib", "python") and not folder.exists() and machine.master:
         try:
@@ -363,8 +365,8 @@ def write_log(out_dir: Path, records: list[dict]) -> None:
 
 
 def check_finite(model, step: int, path: Path) -> None:
-    """Ends a run that has diverged before it saves anything. Its loss is of before the step and may
-    still be fine; after one that is not, neither are the weights."""
+    """Ends a run that has diverged before it saves anything. The loss was computed before the
+    update, so it may be finite where the weights no longer are; not the other way round."""
     if not (all(p.isfinite().all() for p in model.parameters())
             and not any(b.isnan().any() for b in model.buffers())):  # yours may hold -inf
         raise ValueError(f"the weights are not finite at step {step}; the last good checkpoint, if "
@@ -556,7 +558,8 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
                                "tries again.")
                 if evaluating:
                     show(step, metrics)
-            start, start_step = time.perf_counter(), step  # tokens_per_s is of training alone
+            # anew: tokens_per_s is of training alone
+            start, start_step = time.perf_counter(), step
     bar.close()
     return step
 
