@@ -710,8 +710,11 @@ def test_what_finds_no_room_for_a_while_is_written_at_the_next_evaluation(
                      wraps=torch.save)
     monkeypatch.setattr(torch, "save", save)
     run_train("--out_dir=out/a")
-    assert "Step 3 could not be saved (out/a/ckpt.pt could not" in capsys.readouterr().out
+    assert "Step 3 is not saved: out/a/ckpt.pt could not be written (No" in capsys.readouterr().out
     assert [r["step"] for r in read_log("out/a")] == [0, 1, 2, 3, 4, 5, 6] and save.call_count == 3
+    monkeypatch.setattr(train.tqdm, "write", mock.Mock(side_effect=BrokenPipeError))  # as in | head
+    run_train("--out_dir=out/b")
+    assert checkpoint_of("out/b")["finished"]
 
 
 def test_a_run_whose_folder_is_moved_stops_and_mixes_with_no_other(workdir, monkeypatch):
@@ -1701,7 +1704,7 @@ def test_a_run_that_the_code_does_not_repeat_and_one_that_changed_are_named(
     analyze_in(workplace, "out/aux-1", "out/kmeans-1", tmp_path / "more", "--tokens=64",
                f"--out_dir={tmp_path}")
     out, err = capsys.readouterr()
-    assert re.findall(r"^(\S+) is not repeated by the code", out, re.MULTILINE) == [
+    assert re.findall(r"^(\S+) is not repeated: the code", out, re.MULTILINE) == [
         "kmeans-1", "more"] and err == ""
     assert "more changed on its way: max_iters was 6 to step 6." in out
     assert "aux-1 changed" not in out
@@ -1715,8 +1718,10 @@ def test_runs_of_the_same_name_are_told_apart_and_the_home_folder_is_found(
     change_checkpoint(workplace / "out" / "aux-1", tmp_path / "mine" / "aux-1", code="other")
     done = run_script("analyze.py", "out/aux-1", "~/mine/aux-1", "--tokens=64",
                       "--out_dir=~/result", cwd=workplace)
-    names = list(json.loads((tmp_path / "result" / "metrics.json").read_text()))
-    assert names == ["aux-1", "~/mine/aux-1"] and not (workplace / "~").exists()
+    runs = json.loads((tmp_path / "result" / "metrics.json").read_text())
+    assert list(runs) == ["aux-1", "~/mine/aux-1"] and not (workplace / "~").exists()
+    # an edit may have changed gradients and nothing else
+    assert [run["unrouted_gradient_share"] is None for run in runs.values()] == [False, True]
     assert re.search(r" code \w{12} \(aux-1\), other \(~/mine/aux-1\)", done.stdout)
 
 

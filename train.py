@@ -525,8 +525,7 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
             stop = bool(sum_over_processes(torch.tensor(len(signals))))
 
             # measure, once in a while
-            last = step == c.max_iters or stop
-            evaluating = last or step % c.eval_interval == 0
+            evaluating = stop or step == c.max_iters or step % c.eval_interval == 0
             if not (evaluating or step % c.log_interval == 0):
                 continue
             check_finite(raw_model, step, out_dir / "ckpt.pt")  # this waits for the device
@@ -543,21 +542,20 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
                 about["evaluation"] = metrics | noted
             about["log"].append(record)
 
-            # save: a checkpoint at each evaluation, a line of the log at each measurement
+            # save: a line of the log; at an evaluation all of it, and a checkpoint
             if machine.master:
                 check_claim(file, out_dir)
-                try:
-                    if evaluating:
-                        save(out_dir, about, raw_model, optimizer, step)
-                    with open(out_dir / "log.jsonl", "a") as log:
-                        log.write(json.dumps(record) + "\n")
-                except OSError as error:
-                    if last:
-                        raise
-                    tqdm.write(f"Step {step} could not be saved ({error}); the next evaluation "
-                               "tries again.")
+                with suppress(OSError), open(out_dir / "log.jsonl", "a") as log:
+                    log.write(json.dumps(record) + "\n")
                 if evaluating:
                     show(step, metrics)
+                    try:
+                        save(out_dir, about, raw_model, optimizer, step)
+                        write_log(out_dir, about["log"])
+                    except OSError as error:
+                        if stop:
+                            raise
+                        say(f"Step {step} is not saved: {error} The next evaluation tries again.")
             # anew: tokens_per_s is of training alone
             start, start_step = time.perf_counter(), step
     bar.close()
@@ -579,9 +577,15 @@ def finish(model, optimizer, about: dict, data, file, machine: Machine, c: Train
 
 
 def show(step: int, metrics: dict) -> None:
-    """One line on an evaluation, above the progress bar."""
+    """One line on an evaluation."""
     numbers = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
-    tqdm.write(f"step {step}, {', '.join(numbers)}")
+    say(f"step {step}, {', '.join(numbers)}")
+
+
+def say(line: str) -> None:
+    """Prints above the progress bar. Who reads it may be gone: no reason to end a training."""
+    with suppress(OSError):
+        tqdm.write(line)
 
 
 def show_result(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
