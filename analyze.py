@@ -35,8 +35,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, code_of, coupling_spearman, expert_activations, expert_colors, load_balance,
-    load_checkpoint, objective, perplexity, router_cosines, router_similarity, spearman, watch)
+    INCIDENTAL, code_of, expert_activations, expert_colors, load_balance, load_checkpoint,
+    perplexity, probe, router_cosines, router_similarity, spearman, watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_tokenizer, mistake, open_corpus, open_dataset,
     printable, replacing, visible)
@@ -92,12 +92,11 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     model.to(device).eval()
     with torch.autocast(torch.device(device).type, torch.bfloat16,
                         enabled=config["dtype"] == "bfloat16"):  # as train.py does it
-        few = batches(2048, size=1)
-        loss, coupling = objective(model, few), coupling_spearman(model, few).nanmean().item()
+        coupling, objective = probe(model, batches(2048, size=1))
     # does the code compute what it did? (Rounding, in bfloat16 too, moves less than this.)
     noted = evaluation["coupling_spearman"]  # None: one expert
-    repeated = (abs(loss - evaluation["objective"]) < 0.004
-                and (noted is None or abs(coupling - noted) < 0.001))
+    repeated = (abs(objective - evaluation["objective"]) < 0.004
+                and (noted is None or abs(coupling.nanmean().item() - noted) < 0.001))
     code = {key: checkpoint[key] for key in ("code", "router_code")}
     shares = gradient_shares(model, *batches(1024)[0])                   # (n_layer)
     if code != code_of(c.router):  # what an edit did to gradients, the two numbers do not show
@@ -751,14 +750,15 @@ def draw_alignment(fig, groups) -> None:
 
 
 def draw_training(fig, groups) -> None:
+    trained = logged(groups)
     for group in groups:
-        if group.runs[0]["log"] and group not in logged(groups):  # an --hf model has none
+        if group.runs[0]["log"] and group not in trained:  # an --hf model has none
             warn(f"training.png lacks {group.label}: no two evaluations on the way, at steps that "
                  "all its seeds have.")
-    if not (groups := logged(groups)):
+    if not trained:
         return
     left, middle, right = fig.subplots(1, 3)
-    for group in groups:
+    for group in trained:
         draw_curves(left, group, [curve(run, "perplexity") for run in group.runs])
         draw_curves(middle, group, [{step: std * run["n_expert"] for step, std in curve(
             run, "load_std").items()} for run in group.runs])
@@ -767,7 +767,7 @@ def draw_training(fig, groups) -> None:
     middle.set(ylabel="Std of the load / even load")
     right.set(ylabel="Spearman of score and activation")
     right.axhline(0, **CHANCE)
-    if OTHER_TEXT & differing(groups).keys():
+    if OTHER_TEXT & differing(trained).keys():
         left.set_title("of different texts: do not compare", fontsize=9)
     for ax in (left, middle):
         ax.set_yscale("log")

@@ -396,21 +396,14 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def objective(model: SMoETransformer, batches) -> float:
-    """Mean of loss + aux_loss over batches of idx and targets (B, T). A checkpoint has it on a few
-    validation tokens. analyze.py computes it, and the coupling, again: do they repeat?"""
+def probe(model: SMoETransformer, batches) -> tuple[Tensor, float]:
+    """batches of idx and targets (B, T) -> (n_layer) the coupling: rank correlation over tokens of
+    router score and activation ||W_gate x||, mean over experts; and the objective: mean of loss +
+    aux_loss. A checkpoint has both, and analyze.py computes them again, to see whether the code
+    still does what it did. The model is in eval mode."""
     torch.manual_seed(0)  # for what a router of your own draws
-    losses = [sum(model(idx, targets)[1:]).item() for idx, targets in batches]
-    return sum(losses) / len(losses)
-
-
-@torch.no_grad()
-def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
-    """batches of idx and targets (B, T) -> (n_layer): the rank correlation over tokens of router
-    score and activation ||W_gate x||, mean over experts. The model is in eval mode."""
     with watch(model.routers()) as seen:
-        for idx, targets in batches:
-            model(idx, targets)
+        losses = [sum(model(idx, targets)[1:]).item() for idx, targets in batches]
     coupling = []
     # the model may run in bfloat16, but the norms are measured in float32, as in analyze.py
     with torch.autocast(model.head.weight.device.type, enabled=False):
@@ -419,7 +412,7 @@ def coupling_spearman(model: SMoETransformer, batches) -> Tensor:
             scores = torch.cat([routing.scores for _, routing in layer])  # (N, E)
             activation = expert_activations(x, block.moe.w_gate)[0]      # (N, E)
             coupling.append(spearman(scores, activation).nanmean())
-    return torch.stack(coupling)
+    return torch.stack(coupling), sum(losses) / len(losses)
 
 
 def load_balance(load: Tensor) -> tuple[Tensor, Tensor]:
@@ -508,9 +501,9 @@ def code_of(router: str) -> dict[str, str]:
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
-    """-> (the trained model, on the CPU; what train.save wrote). The file is mapped:
-    what you do not touch, as the optimizer's state, costs no memory. Raises ValueError for a
-    missing, damaged or foreign file."""
+    """-> (the trained model, on the CPU; what train.save wrote). The file is mapped: what you do
+    not touch, as the optimizer's state, costs no memory. Raises ValueError for a missing, damaged
+    or foreign file."""
     def unfit(error):
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
         return ValueError(f"{path} is damaged, or no checkpoint of the code as it is now "

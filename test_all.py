@@ -36,8 +36,8 @@ import prepare_data
 import train
 from analyze import layer_metrics, observe_layers
 from model import (
-    Config, SMoE, SMoETransformer, coupling_spearman, expert_activations, experts_by_definition,
-    load_balance, load_checkpoint, router_similarity, spearman, watch)
+    Config, SMoE, SMoETransformer, expert_activations, experts_by_definition, load_balance,
+    load_checkpoint, probe, router_similarity, spearman, watch)
 from prepare_data import (
     Dataset, encode, eval_batches, get_batch, get_tokenizer, open_dataset, prepare, printable)
 from routers import ROUTERS, update_routers
@@ -577,11 +577,13 @@ def test_the_log_has_one_object_a_step_and_the_metrics_at_evaluations_from_step_
 def test_the_coupling_that_is_logged_is_the_rank_correlation_of_score_and_activation(bfloat16):
     model, batch = make_model(router="none").eval(), tokens(batch=8)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16), watch(model.routers()) as seen:
-        coupling = coupling_spearman(model, [batch])
+        coupling, objective = probe(model, [batch])
     x, routing = seen[1][0]
     activations = [(x.float() @ w.t()).norm(dim=1) for w in model.blocks[1].moe.w_gate]
     expected = spearman(routing.scores, torch.stack(activations, dim=1)).mean()
     assert coupling[1].item() == pytest.approx(expected.item(), abs=1e-6)
+    if not bfloat16:
+        assert objective == pytest.approx(sum(model(*batch)[1:]).item())
 
 
 class NoisyRouter(ROUTERS["kmeans"]):
@@ -675,6 +677,41 @@ def test_what_a_router_draws_at_random_in_evaluations_changes_nothing_in_the_tra
         run_train("--router=noisy", f"--eval_interval={interval}", f"--out_dir=out/{interval}")
         losses.append([record["train_loss"] for record in read_log(f"out/{interval}")])
     assert losses[0] == losses[1]
+
+
+def test_a_router_gets_the_same_config_in_a_training_as_from_a_checkpoint(workdir, monkeypatch):
+    class Own(ROUTERS["aux"]):
+        def __init__(self, config):
+            super().__init__(config)
+            seen.append(type(config))
+    seen = []
+    monkeypatch.setitem(ROUTERS, "own", Own)
+    run_train("--router=own", "--out_dir=out/a", "--max_iters=1")
+    load_checkpoint("out/a/ckpt.pt")
+    assert seen == [Config] * 4  # two layers, twice
+
+
+def test_a_bug_in_an_own_router_is_no_damage_of_its_checkpoint(workdir, monkeypatch):
+    monkeypatch.setitem(ROUTERS, "own", ROUTERS["kmeans"])
+    run_train("--router=own", "--out_dir=out/a", "--max_iters=3")
+    monkeypatch.setitem(ROUTERS, "own", type("Own", (ROUTERS["kmeans"],), {"start": len}))
+    with pytest.raises(TypeError):
+        resume("--max_iters=6")
+
+
+def test_a_router_that_is_edited_while_its_run_prepares_data_is_known_as_it_was(
+        workdir, monkeypatch):
+    own = workdir / "mine.py"
+    own.write_text("# one")
+    monkeypatch.setattr(model, "__file__", str(workdir / "model.py"))
+    monkeypatch.setattr(model, "code_of", functools.cache(model.code_of.__wrapped__))
+    monkeypatch.setattr(train, "code_of", model.code_of)
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace())
+    monkeypatch.setitem(ROUTERS, "mine", type("Mine", (ROUTERS["aux"],), {"__module__": "mine"}))
+    monkeypatch.setattr(train, "open_data", lambda *args, open_data=train.open_data: (
+        own.write_text("# two"), open_data(*args))[1])
+    run_train("--router=mine", "--out_dir=out/a", "--max_iters=1")
+    assert checkpoint_of("out/a")["router_code"] == hashlib.sha256(b"# one").hexdigest()[:12]
 
 
 def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(workdir):
@@ -1465,7 +1502,7 @@ def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(chan
     line = analyze.differing_settings(groups)
     shown = {"step": "steps done", "tokens": "tokens seen",
              "val_tokens": "validation tokens"}.get(name, name)
-    assert f"{shown} " in line and f"(aux-1), {value} (aux-2" in line
+    assert re.search(rf"{shown} .+ \(aux-1\), {value} \(aux-2{re.escape(mark)}\)", line)
     assert ("not comparable" in line) == (name in ("val_sha256", "val_tokens"))
     assert ("training.png" in line) == (name == "eval_tokens")
 
@@ -1480,6 +1517,14 @@ def test_groups_look_different_in_colour_or_marker_however_many_there_are():
 def test_the_table_marks_a_run_short_of_its_steps():
     table = analyze.markdown_table([("a", [a_run()]), ("b", [a_run(step=3)])])
     assert [line.split(" | ")[3] for line in table.splitlines()[2:]] == ["6", "3 of 6"]
+
+
+def test_one_line_names_every_setting_in_which_the_runs_differ():
+    groups = analyze.group_runs({"a-1": a_run(), "b": a_run(top_k=4, max_iters=9), "a-2": a_run(
+        seed=2), "c": a_run(router="kmeans")})
+    assert analyze.differing_settings(groups) == (
+        "Settings that differ: max_iters 6 (a, c), 9 (b); top_k 2 (a, c), 4 (b).")
+    assert "none but router or seed" in analyze.differing_settings(groups[::2])
 
 
 def test_differences_in_perplexity_are_paired_by_seed():
@@ -1559,6 +1604,11 @@ def test_an_own_routers_gradient_is_measured_whatever_its_parameter_is_called(mo
     assert torch.equal(*(analyze.gradient_shares(model, *tokens()) for model in (own, aux)))
     for router in own.routers():  # rows that no gradient moves
         router.rows.requires_grad_(False)
+    assert analyze.gradient_shares(own, *tokens()).isnan().all()
+    for router in own.routers():  # nor logits that no gradient reaches
+        router.rows.requires_grad_(True)
+        monkeypatch.setattr(router, "score", lambda x, score=router.score: tuple(
+            value.detach() for value in score(x)))
     assert analyze.gradient_shares(own, *tokens()).isnan().all()
 
 
@@ -1710,6 +1760,18 @@ def test_a_run_that_the_code_does_not_repeat_and_one_that_changed_are_named(
     assert "aux-1 changed" not in out
     assert analyze.group_runs(json.loads((tmp_path / "metrics.json").read_text()))[1].label == (
         "kmeans-1 (not repeated)")
+
+
+def test_seeds_with_other_evaluation_steps_are_one_curve_at_those_that_they_share():
+    ax, group = mock.Mock(), analyze.group_runs({"a-1": a_run(
+        batch_size=1, gradient_accumulation_steps=1), "a-2": a_run(
+            seed=2, batch_size=1, gradient_accumulation_steps=1)})[0]
+    analyze.draw_curves(ax, group, [{0: 0.0, 5: 5.0, 10: 10.0}, {0: 0.0, 10: 30.0, 20: 42.0}])
+    assert ax.plot.call_args.args[0].tolist() == [0, 160e-6]  # steps 0 and 10, in millions
+    assert ax.plot.call_args.args[1].tolist() == [0, 20]
+    for run, steps in zip(group.runs, ([0, 5, 10], [0, 7, 14])):
+        run["log"] = [{"step": step} for step in steps]
+    assert analyze.logged([group]) == []  # a single point is no curve
 
 
 def test_runs_of_the_same_name_are_told_apart_and_the_home_folder_is_found(

@@ -32,8 +32,8 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, Config, SMoETransformer, code_of, config_of, coupling_spearman, load_balance,
-    load_checkpoint, objective, perplexity, router_similarity, watch)
+    INCIDENTAL, Config, SMoETransformer, code_of, config_of, load_balance, load_checkpoint,
+    perplexity, probe, router_similarity, watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_batch, get_tokenizer, lock, open_dataset, prepare,
     printable, replacing)
@@ -288,9 +288,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
                 for load, layer in zip(loads, seen):
                     _, routing = layer.pop()  # and forget it: memory stays flat
                     load += torch.bincount(routing.indices.flatten(), minlength=c.n_expert)
-        few = list(eval_batches(data, 2048, batch_size=1, **where))
-        repeatable = objective(model, few)
-        coupling = coupling_spearman(model, few)
+        coupling, objective = probe(model, eval_batches(data, 2048, batch_size=1, **where))
     model.train()
     loads = sum_over_processes(loads).cpu()                                           # (n_layer, E)
     loss, n = sum_over_processes(sums).tolist()
@@ -300,7 +298,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     return {"val_loss": val_loss, "perplexity": perplexity(val_loss),
             "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
             "router_similarity": mean(similarity), "coupling_spearman": mean(coupling),
-            "val_tokens": int(n)}, {"load": loads, "objective": repeatable}
+            "val_tokens": int(n)}, {"load": loads, "objective": objective}
 
 
 # ---------------------------------------------------------------- the files of a run
@@ -352,10 +350,11 @@ def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
 
 
 def save(out_dir: Path, about: dict, model, optimizer, step: int) -> None:
-    """The checkpoint: all that --resume and analyze.py need."""
+    """The checkpoint, all that --resume and analyze.py need, and the log that is in it."""
     with replacing(out_dir / "ckpt.pt") as temporary:
         torch.save(about | dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
                                 step=step, rng=torch.get_rng_state()), temporary)
+    write_log(out_dir, about["log"])
 
 
 def write_log(out_dir: Path, records: list[dict]) -> None:
@@ -551,7 +550,6 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
                     show(step, metrics)
                     try:
                         save(out_dir, about, raw_model, optimizer, step)
-                        write_log(out_dir, about["log"])
                     except OSError as error:
                         if stop:
                             raise
@@ -571,7 +569,6 @@ def finish(model, optimizer, about: dict, data, file, machine: Machine, c: Train
     if machine.master:
         check_claim(file, Path(c.out_dir))
         save(Path(c.out_dir), about, model, optimizer, c.max_iters)
-        write_log(Path(c.out_dir), about["log"])
         show(c.max_iters, metrics)
         show_result(model, data, metrics, machine.autocast, c)
 
