@@ -581,7 +581,7 @@ def test_the_coupling_that_is_logged_is_the_rank_correlation_of_score_and_activa
     x, routing = seen[1][0]
     activations = [(x.float() @ w.t()).norm(dim=1) for w in model.blocks[1].moe.w_gate]
     expected = spearman(routing.scores, torch.stack(activations, dim=1)).mean()
-    assert coupling[1].item() == pytest.approx(expected.item(), abs=1e-6)
+    assert coupling[1].item() == pytest.approx(expected.item(), abs=1e-4)  # near ties may swap
     if not bfloat16:
         assert objective == pytest.approx(sum(model(*batch)[1:]).item())
 
@@ -868,7 +868,8 @@ def test_two_processes_equal_one(router, workdir):
     assert done.returncode == 0, done.stderr
     run_train(*flags, "--out_dir=out/one")
     for one, two in zip(losses("out/one"), losses("out/two"), strict=True):
-        assert one == pytest.approx(two, rel=1e-3)
+        # abs: a rank correlation near 0 moves by more than a thousandth of itself
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
     one, two = checkpoint_of("out/one"), checkpoint_of("out/two")
     assert all(torch.allclose(two["model"][name], p, atol=1e-5) for name, p in one["model"].items())
     assert one["evaluation"]["val_tokens"] == two["evaluation"]["val_tokens"]
