@@ -74,14 +74,14 @@ class Observed(NamedTuple):
 
 def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     """The run in `folder`, on n_tokens validation tokens (rounded up to whole sequences), in
-    float32 and eval mode: nothing moves. Its perplexity and load are those of its own last
-    evaluation, if it was stopped on fewer tokens than at its end. Raises ValueError for one that
-    cannot be measured."""
+    float32 and eval mode: nothing moves. Perplexity and load are those of the run's last evaluation
+    (that of a run that was stopped early is on fewer tokens). Raises ValueError for one that cannot
+    be measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
     config, evaluation = checkpoint["config"], checkpoint["evaluation"]
     evaluations = [record for record in checkpoint["log"] if "val_loss" in record]
-    # that of the end is on more tokens, so it is no point of the curves
+    # the final one is on more tokens: it is left out of the curves
     log = [record for record in evaluations if record["val_tokens"] == evaluations[0]["val_tokens"]]
     data = open_dataset(Path("data", config["dataset"]), c.block_size, c.vocab_size,
                         checkpoint["sha256"])
@@ -201,10 +201,10 @@ def find_mixtures(model) -> list[Mixture]:
 
 
 def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
-    """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E): the softmax
-    or the sigmoid of the logits, whichever gives these gates, both normalised over the selected.
-    Raises ValueError if neither does (mean error above a tenth of that of equal gates), or if
-    K = 1: normalised, a single gate is always 1."""
+    """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E). A layer
+    does not tell whether it uses softmax or sigmoid: it is the one that gives these gates, up to a
+    factor per token. Raises ValueError if neither does (mean error above a tenth of that of equal
+    gates), or if K = 1: up to a factor, any score gives a single gate."""
     K = indices.shape[1]
 
     def misfit(scores):  # (N, E) -> ()

@@ -101,14 +101,14 @@ def experts_by_definition(x, indices, gates, w_gate, w_up, w_down) -> Tensor:
 
 
 def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token t and its k-th expert, both counted from 0, are the assignment t * K + k. The fast
-    experts below work on a table with a row for each assignment, sorted by expert. indices (N, K)
-    -> order (N*K), inverse (N, K), ends (E) int32:
+    """That token t goes to its k-th expert (both counted from 0) is the assignment t * K + k. The
+    fast experts work on a table with a row for each assignment, sorted so that the rows of an
+    expert are one block. indices (N, K) -> order (N*K), inverse (N, K), ends (E) int32:
 
         indices [[2, 0], [0, 1]]    E = 3; the assignments 0, 1, 2, 3 go to the experts 2, 0, 0, 1
-        order   [1, 2, 3, 0]        row r of the table is the assignment order[r]
-        inverse [[3, 0], [1, 2]]    the row where the assignment (t, k) lies
-        ends    [2, 3, 4]           where the rows of each expert end"""
+        order   [1, 2, 3, 0]        row -> assignment
+        inverse [[3, 0], [1, 2]]    (t, k) -> row
+        ends    [2, 3, 4]           expert -> where its block ends"""
     sorted_experts, order = indices.flatten().sort(stable=True)         # (N*K), (N*K)
     place = torch.arange(len(order), device=order.device)               # (N*K)
     # inverse[order[r]] = r
@@ -124,15 +124,13 @@ class Experts(torch.autograd.Function):
     keep more for the same gradients.
 
     x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
-    float32; order, inverse and ends from sort_by_expert. Returns y (N, C). One call of grouped_mm
-    is a loop over the experts i, each with a matrix product on its rows of the table, which are
-    ends[i - 1] (or 0) : ends[i]. It is one of two products, told apart by the shapes of A and B:
+    float32; order, inverse and ends from sort_by_expert. Returns y (N, C).
+
+    grouped_mm(A, B, offs=ends) is a matrix product for each expert i on its block of the table,
+    rows = ends[i - 1] (or 0) : ends[i]. The shapes of A and B decide which product:
 
         rows times weights:   A (N*K, P), B (E, P, Q):   out[rows] = A[rows] @ B[i]      (N*K, Q)
         weight gradients:     A (P, N*K), B (N*K, Q):    out[i] = A[:, rows] @ B[rows]   (E, P, Q)
-
-    Rows are gathered and never added by many threads into one place, as the order of such sums
-    varies on a GPU: the same call gives the same bits.
 
     The gate multiplies h = silu(a) * b (H wide) and not the expert's output (C wide): the same
     result, and less work where H < C, as by default."""
@@ -181,8 +179,9 @@ class Experts(torch.autograd.Function):
 
 
 def combine(rows: Tensor, inverse: Tensor) -> Tensor:
-    """rows (N*K, C), inverse (N, K) -> (N, C): the sum of the K rows of each token. The same as
-    rows[inverse].sum(1), in a quarter of the time, on an H200 (compiled) and on a CPU."""
+    """rows (N*K, C), inverse (N, K) -> (N, C): the sum of the K rows of each token, gathered. (If
+    many threads added into one place, as index_add does on a GPU, the order of the sums would vary,
+    and the bits with it.) The same as rows[inverse].sum(1), in a quarter of the time."""
     y = rows.index_select(0, inverse[:, 0])                              # (N, C)
     for row in inverse.t()[1:]:                                          # (N)
         y = y + rows.index_select(0, row)
@@ -397,10 +396,10 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def probe(model: SMoETransformer, batches) -> tuple[Tensor, float]:
-    """batches of idx and targets (B, T) -> (n_layer) the coupling: rank correlation over tokens of
-    router score and activation ||W_gate x||, mean over experts; and the objective: mean of loss +
-    aux_loss. A checkpoint has both, and analyze.py computes them again, to see whether the code
-    still does what it did. The model is in eval mode."""
+    """batches of idx and targets (B, T) -> (n_layer) coupling_spearman: rank correlation over
+    tokens of router score and activation ||W_gate x||, mean over experts; and the objective: mean
+    of loss + aux_loss. A checkpoint has both, and analyze.py computes them again, to see whether
+    the code still does what it did. The model is in eval mode."""
     torch.manual_seed(0)  # for what a router of your own draws
     with watch(model.routers()) as seen:
         losses = [sum(model(idx, targets)[1:]).item() for idx, targets in batches]

@@ -167,8 +167,8 @@ def read_single(path, val_fraction):
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it.") from error
     for text in read_text(path):
         cut = max(0, min(left, len(text)))
-        # on to the next line end (cut - 1: it may be there already), but not to the one that ends
-        # the text: val is to get some
+        # move the cut behind a line end (cut - 1: it may be there already), but not to the end of
+        # the text: val needs some
         if cut and (line_end := text.find("\n", cut - 1, -1)) >= 0:
             cut = line_end + 1
         yield "train", text[:cut]
@@ -390,8 +390,8 @@ def cli(main):
 
 
 def mistake(error):
-    """-> the sentence for the user. None: it is a bug, perhaps in a router of yours, and is to keep
-    its traceback; so is a ValueError that no `raise` in this folder's files has raised."""
+    """-> the sentence for the user, who made a mistake or has a full disk; None for a bug, perhaps
+    in a router of yours, which is to keep its traceback."""
     if isinstance(error, MemoryError) or (  # torch has no class for both CPU and GPU
             isinstance(error, RuntimeError) and re.search("(out of|allocate) memory", str(error))):
         return "not enough memory; a smaller model or batch needs less."
@@ -400,7 +400,8 @@ def mistake(error):
         origin = origin.tb_next
     code = origin.tb_frame.f_code
     ours = Path(code.co_filename).resolve().parent == Path(__file__).resolve().parent
-    raised = code.co_code[origin.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # not int("x"), say
+    # a ValueError is a mistake if the last instruction was a `raise` of ours, not int("x"), say
+    raised = code.co_code[origin.tb_lasti] == dis.opmap["RAISE_VARARGS"]
     if isinstance(error, OSError) or (isinstance(error, ValueError) and ours and raised):
         return " ".join(str(error).split())  # on one line
 
@@ -414,7 +415,7 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # as torch's writer calls a full disk
+        # torch.save reports a full disk as such a RuntimeError
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or "no room on the disk?"

@@ -95,8 +95,8 @@ class Router(nn.Module):
 
     def statistics(self) -> list[Tensor]:
         """The buffers that count() fills: update() sees them summed over micro-batches and
-        processes, then they are set to 0. Change any other in update() only, or the processes
-        diverge."""
+        processes, then they are set to 0. (Other buffers may change in update() only: elsewhere
+        each process would change its own copy differently.)"""
         return [self.load]
 
 
@@ -131,17 +131,16 @@ class LearnedRouter(Router):
         z = x R^T                                    R (E, C) learned; z the logits
         s = softmax(z), or sigmoid(z)
         S = top-K of s
-        gate_i = s_i / sum over S of s
-        aux_loss = z_loss_coef * mean over tokens of logsumexp(z)^2           (0 by default)
+        gate_i = s_i / sum over S of s        computed from the chosen logits alone: see gate()
+        aux_loss = z_loss_coef * mean over tokens of logsumexp(z)^2     the z-loss; 0 by default
 
     The gates are normalised over S, so the language-model loss has a gradient on the selected rows
     only. For one token that gradient is (scalar) * x, and so are those of the rows of the selected
     expert's W_gate and W_up: router row and expert move along the same tokens. The coupling.
     With K = 1 the gate is always 1 and that gradient 0: language modelling never moves such a row.
 
-    The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) has nothing to do with balance: it pulls
-    logsumexp(z) to 0. A token moves all rows in the same direction along its x, row i in proportion
-    to softmax(z)_i, which can make them alike (docs/results.md, "What makes directions alike")."""
+    The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) keeps logits small, and has nothing to do with
+    balance. It can make all rows alike (docs/results.md, "What makes directions alike")."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -158,8 +157,8 @@ class LearnedRouter(Router):
         return logits, logits.sigmoid()
 
     def gate(self, chosen_logits: Tensor) -> Tensor:
-        # the scores, normalised over S, are the same numbers, but their gradient, which cancels on
-        # paper, would leave rounding noise on the logits that are not selected
+        # the scores, normalised over S, are the same numbers, but would leave rounding noise where
+        # the gradient cancels on paper: on the logits that are not selected
         if self.config.score_fn == "softmax":
             return chosen_logits.softmax(-1)  # (N, K)
         return F.normalize(chosen_logits.sigmoid(), p=1.0, dim=-1)

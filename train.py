@@ -268,7 +268,7 @@ def mean(values: torch.Tensor) -> float | None:
 
 
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
-    """-> (metrics, noted). metrics: numbers for the log (README.md), means over layers. noted, for
+    """-> (metrics, extra). metrics: numbers for the log (README.md), means over layers. extra, for
     the checkpoint: `load` (n_layer, E), tokens that each expert got, and `objective`. Loss and load
     are on n_tokens validation tokens, the same for every seed and batch size, divided among the
     processes; coupling and objective on 2,048, the same for each process."""
@@ -349,12 +349,12 @@ def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
     return open_dataset(folder, c.block_size, c.vocab_size, sha256)
 
 
-def save(out_dir: Path, about: dict, model, optimizer, step: int) -> None:
+def save(out_dir: Path, meta: dict, model, optimizer, step: int) -> None:
     """The checkpoint, all that --resume and analyze.py need, and the log that is in it."""
     with replacing(out_dir / "ckpt.pt") as temporary:
-        torch.save(about | dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                step=step, rng=torch.get_rng_state()), temporary)
-    write_log(out_dir, about["log"])
+        torch.save(meta | dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                               step=step, rng=torch.get_rng_state()), temporary)
+    write_log(out_dir, meta["log"])
 
 
 def write_log(out_dir: Path, records: list[dict]) -> None:
@@ -452,15 +452,15 @@ def stop_requests():
 
 
 def begin(c: TrainConfig, model, checkpoint: dict | None, data, machine: Machine) -> tuple:
-    """Starts a run, or goes on with what load_checkpoint gave -> (model, optimizer, step, what its
-    checkpoints say of it)."""
+    """Starts a run, or goes on with what load_checkpoint gave -> (model, optimizer, step, meta:
+    what each checkpoint says of the run, its settings, log, hashes, and later its evaluation)."""
     config = asdict(c) | {"dtype": str(machine.dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
-    about = dict(config=config, log=[], history=[], finished=False, sha256=data.meta["sha256"],
-                 tokenizer=data.meta["tokenizer"]["name"], **code_of(c.router))
+    meta = dict(config=config, log=[], history=[], finished=False, sha256=data.meta["sha256"],
+                tokenizer=data.meta["tokenizer"]["name"], **code_of(c.router))
     if not checkpoint:
         model = make_model(c, machine.device)  # the same on every rank
-        return model, make_optimizer(model, c), 0, about
+        return model, make_optimizer(model, c), 0, meta
     optimizer = make_optimizer(model.to(machine.device), c)
     # a copy: its tensors would be mapped from the file, which Windows then lets none replace
     optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
@@ -468,15 +468,15 @@ def begin(c: TrainConfig, model, checkpoint: dict | None, data, machine: Machine
     # with other code or another max_iters it is no longer the run that it was: say so
     changes = [f"{what} was {old} to step {checkpoint['step']}" for what, old, new in (
         ("max_iters", checkpoint["config"]["max_iters"], c.max_iters),
-        ("code", checkpoint["code"], about["code"]),
-        ("router_code", checkpoint["router_code"], about["router_code"])) if new != old]
+        ("code", checkpoint["code"], meta["code"]),
+        ("router_code", checkpoint["router_code"], meta["router_code"])) if new != old]
     if machine.master and changes:
         print(f"This run changes on its way: {', '.join(changes)}.")
-    about |= {"log": checkpoint["log"], "history": checkpoint["history"] + changes}
-    return model, optimizer, checkpoint["step"], about
+    meta |= {"log": checkpoint["log"], "history": checkpoint["history"] + changes}
+    return model, optimizer, checkpoint["step"], meta
 
 
-def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Machine,
+def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Machine,
           c: TrainConfig) -> int:
     """From `step` to max_iters, or until somebody asks to stop -> the step that it came to.
     `file`: the locked one of claim()."""
@@ -490,12 +490,12 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
 
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
     peak = peak_flops(device, dtype)
-    if not about["log"]:
+    if not meta["log"]:
         metrics, _ = evaluate(raw_model, data, c.eval_tokens, machine, c)
-        about["log"] = [{"step": 0} | dict.fromkeys(
+        meta["log"] = [{"step": 0} | dict.fromkeys(
             ("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu")) | metrics]
     if machine.master:
-        write_log(out_dir, about["log"])
+        write_log(out_dir, meta["log"])
         counts = [f"{n / 1e6:.1f}M" for n in raw_model.num_params()]
         print(f"{c.router}: {counts[0]} parameters, {counts[1]} active a token, {world_size} x "
               f"{device} in {dtype}; {c.dataset}: {len(data.train):,} tokens, steps {step} to "
@@ -536,10 +536,10 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
             bar.set_postfix(loss=f"{train_loss:.3f}")
             if evaluating:
                 # the model that is not compiled: evaluation is rare, and need not compile again
-                metrics, noted = evaluate(raw_model, data, c.eval_tokens, machine, c)
+                metrics, extra = evaluate(raw_model, data, c.eval_tokens, machine, c)
                 record |= metrics
-                about["evaluation"] = metrics | noted
-            about["log"].append(record)
+                meta["evaluation"] = metrics | extra
+            meta["log"].append(record)
 
             # save: a line of the log; at an evaluation all of it, and a checkpoint
             if machine.master:
@@ -549,7 +549,7 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
                 if evaluating:
                     show(step, metrics)
                     try:
-                        save(out_dir, about, raw_model, optimizer, step)
+                        save(out_dir, meta, raw_model, optimizer, step)
                     except OSError as error:
                         if stop:
                             raise
@@ -560,15 +560,15 @@ def train(raw_model, optimizer, step: int, about: dict, data, file, machine: Mac
     return step
 
 
-def finish(model, optimizer, about: dict, data, file, machine: Machine, c: TrainConfig) -> None:
+def finish(model, optimizer, meta: dict, data, file, machine: Machine, c: TrainConfig) -> None:
     """The last evaluation, on more tokens, takes the place of that of the last step. All is saved
     when it begins, so it may be interrupted, and --resume repeats it."""
-    metrics, noted = evaluate(model, data, c.final_eval_tokens, machine, c)
-    about["log"][-1] |= metrics
-    about |= {"evaluation": metrics | noted, "finished": True}
+    metrics, extra = evaluate(model, data, c.final_eval_tokens, machine, c)
+    meta["log"][-1] |= metrics
+    meta |= {"evaluation": metrics | extra, "finished": True}
     if machine.master:
         check_claim(file, Path(c.out_dir))
-        save(Path(c.out_dir), about, model, optimizer, c.max_iters)
+        save(Path(c.out_dir), meta, model, optimizer, c.max_iters)
         show(c.max_iters, metrics)
         show_result(model, data, metrics, machine.autocast, c)
 
@@ -616,11 +616,11 @@ def main(argv: list[str]) -> None:
     machine = set_up(c)
     data = open_data(c, machine, checkpoint["sha256"] if checkpoint else None)
     with claim(Path(c.out_dir), c) if machine.master else nullcontext() as file:
-        model, optimizer, step, about = begin(c, model, checkpoint, data, machine)
+        model, optimizer, step, meta = begin(c, model, checkpoint, data, machine)
         del checkpoint  # it is mapped from the file
-        step = train(model, optimizer, step, about, data, file, machine, c)
+        step = train(model, optimizer, step, meta, data, file, machine, c)
         if step == c.max_iters:
-            finish(model, optimizer, about, data, file, machine, c)
+            finish(model, optimizer, meta, data, file, machine, c)
         elif machine.master:
             print(f"stopped and saved at step {step}; go on with no other flags than "
                   f"--out_dir={shlex.quote(c.out_dir)} --resume")
