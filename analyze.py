@@ -5,10 +5,10 @@
     python analyze.py out/analysis/metrics.json  # draw again, from the numbers alone
     python analyze.py --hf=DIR                   # a mixture of experts that transformers can load
 
-Prints a Markdown table, writes metrics.json and the figures to out/analysis/. Three parts, from
-top to bottom: observe (a model -> what its layers do on validation tokens, the only part that knows
-what a run is), measure (pure functions of that), and, from metrics.json alone, group the runs,
-print the table, draw.
+Prints a Markdown table, writes metrics.json and the figures to out/analysis/ (if it is broken off,
+metrics.part.json has what was measured). Three parts, from top to bottom: observe (a model -> what
+its layers do on validation tokens, the only part that knows what a run is), measure (pure functions
+of that), and, from metrics.json alone, group the runs, print the table, draw.
 
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k, H = d_expert (expert width).
 The metrics follow "Routers Learn the Geometry of Their Experts", arXiv 2605.12476, but for some of
@@ -35,11 +35,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    INCIDENTAL, code_of, expert_activations, expert_colors, load_balance, load_checkpoint,
-    perplexity, probe, router_cosines, router_similarity, spearman, watch)
+    INCIDENTAL, code_hash, code_of, expert_activations, expert_colors, load_balance,
+    load_checkpoint, perplexity, probe, router_cosines, router_similarity, spearman, watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_tokenizer, mistake, open_corpus, open_dataset,
-    printable, replacing, visible)
+    printable, read_single, replacing, visible)
 
 WIDTH = 70  # characters in a line of experts.png
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
@@ -241,20 +241,21 @@ def load_hf(folder: Path, dtype: str) -> tuple:
 
 
 def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor:
-    """-> ids (B, T + 1): sequences of one length, evenly spaced in a text file or folder (None: in
-    the validation documents of the data set stdlib); shorter than T where the text is short."""
-    # an absolute path is never the name of a data set
-    dataset, T = os.path.abspath(os.path.expanduser(text)) if text else "stdlib", min(T, n_tokens)
-    splits = ("train", "val") if text else ("val",)
-    corpus = "".join(piece for split, piece in open_corpus(dataset, None, 0.05, Path("data"))
-                     if split in splits)
+    """-> ids (B, T + 1): sequences of one length, evenly spaced in a text file (None: in the
+    validation documents of the data set stdlib); shorter than T where the text is short."""
+    if text:
+        pieces = [piece for _, piece in read_single(Path(os.path.expanduser(text)), 0.05)]
+    else:
+        documents = open_corpus("stdlib", None, 0.05, Path("data"))
+        pieces = [piece for split, piece in documents if split == "val"]
+    corpus, T = "".join(pieces), min(T, n_tokens)
     cuts = np.linspace(0, len(corpus), -(-n_tokens // T) + 1, dtype=int).tolist()
     # truncation comes after all is encoded: 64 characters a token are more than enough
     rows = [tokenizer(corpus[start:end][:64 * (T + 1)], truncation=True,
                       max_length=T + 1)["input_ids"] for start, end in zip(cuts, cuts[1:])]
     T = min(map(len, rows)) - 1
     if T < 1:
-        raise ValueError(f"{dataset} is too short for {n_tokens} tokens; name another --text.")
+        raise ValueError(f"the text is too short for {n_tokens} tokens; name another --text.")
     return torch.tensor([row[:T + 1] for row in rows])
 
 
@@ -470,10 +471,12 @@ def measure(observed: Observed) -> dict:
                 for key in metrics[0]}                                   # (n_layer, ...) each
     middle = layers[len(layers) // 2]
     first, E = middle.indices[:, 0], len(middle.directions)              # (N)
+    settings = about["settings"] | {"measured_by": code_hash("analyze", "model")}
     return to_json(about | {f"{key}_by_layer": values for key, values in by_layer.items()} | {
         key: values.nanmean(0) for key, values in by_layer.items()} | {
-        "tokens": len(tokens), "n_expert": E, "top_k": middle.indices.shape[1],
-        "depth": [layer.depth for layer in layers], "middle_depth": middle.depth,
+        "settings": settings, "tokens": len(tokens), "n_expert": E,
+        "top_k": middle.indices.shape[1], "depth": [layer.depth for layer in layers],
+        "middle_depth": middle.depth,
         "cosines": router_cosines(middle.directions).double().round(decimals=3),  # (E, E)
         "text": text_lines(tokens, first, text_of, about["settings"]["block_size"]),
         "favourite_tokens": favourite_tokens(tokens, first, E, text_of)})
@@ -567,9 +570,11 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
 
 
 def mean_and_spread(runs: list[dict], key: str) -> str:
-    values = [run[key] for run in runs if run.get(key) is not None]
+    values = [run.get(key) for run in runs]
+    if None in values:
+        return "–"
     spread = f" ± {np.std(values, ddof=1):.2g}" if len(set(values)) > 1 else ""
-    return f"{np.mean(values):.4g}{spread}" if values else "–"
+    return f"{np.mean(values):.4g}{spread}"
 
 
 def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
@@ -595,7 +600,7 @@ def differing_settings(groups: list[Group]) -> str:
              for key, of in found.items() if key != "router"]
     line = f"Settings that differ: {'; '.join(parts) or 'none but router or seed'}."
     if OTHER_TEXT & found.keys():
-        line += " So perplexities are of different texts or windows, and not comparable."
+        line += " So perplexity and token information are of other text or windows: not comparable."
     if "eval_tokens" in found:
         line += " So training.png shows perplexity and balance on different texts."
     return line
@@ -608,7 +613,8 @@ def paired_differences(groups: list[Group]) -> list[str]:
     for earlier, later in combinations(groups, 2):
         pairs = [(x["perplexity"], y["perplexity"]) for x in later.runs for y in earlier.runs
                  if x["seed"] == y["seed"]]
-        different = differing([later, earlier]).keys() - {"repeated"}  # by the code as it is now
+        # how a run was measured has no part in its perplexity
+        different = differing([later, earlier]).keys() - {"repeated", "measured_by"}
         if "router" in different:  # a router of your own is a name and its code
             different -= {"router_code"}
         if len(pairs) > 1 and len(different) <= 1 and not different & OTHER_TEXT:
@@ -803,8 +809,8 @@ def draw_experts(fig, groups) -> None:
     ax = fig.add_subplot(grid[:, 1])
     colors = expert_colors(last.runs[0]["n_expert"])
     ax.set(xlim=(0, 34), ylim=(len(colors), 0))
-    ax.set_title(f"Tokens that each expert of {last.label}\ngets most above its share (best "
-                 "first)", fontsize=10, loc="left")
+    ax.set_title(f"{last.title()}: the tokens that\neach expert gets most above its share",
+                 fontsize=10, loc="left")
     for expert, (color, texts) in enumerate(zip(colors, last.runs[0]["favourite_tokens"])):
         ax.barh(expert + 0.5, 3, 0.92, color=color)
         texts = "  ".join(text[:10] for text in texts)
@@ -860,12 +866,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hf", action="append", default=[], type=Path, metavar="DIR",
                         help="folder, or name on the hub, of a model to load with transformers; "
                         "may be given several times, and beside runs")
-    parser.add_argument("--text", metavar="FILE", help="what the --hf model reads: a text file or "
-                        "folder (default: this Python's own library)")
+    parser.add_argument("--text", metavar="FILE", help="what the --hf model reads: a text file "
+                        "(default: this Python's own library)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
                         help="what the --hf model computes in (default: as it is stored)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     args = parser.parse_args(argv)
+    if args.tokens and args.run and {run.suffix for run in args.run} == {".json"} and not args.hf:
+        parser.error("--tokens goes with a run: what a metrics.json holds has been measured")
     if args.tokens is None:
         args.tokens = 4096 if args.hf else 16384
     if not args.hf and (args.text or args.dtype != "auto"):
@@ -914,9 +922,11 @@ def read_or_measure(source: Path, args: argparse.Namespace) -> dict[str, dict]:
     return {Path(os.path.abspath(folder)).name: measure(observed)}
 
 
-def collect(sources: list[Path], args: argparse.Namespace, runs: dict[str, dict]) -> None:
-    """Adds {name: metrics} of each source to `runs`. What cannot be read or measured is left out
-    with a sentence, or with its traceback if that is due to a bug, perhaps in a router of yours."""
+def collect(sources: list[Path], args: argparse.Namespace, part: Path) -> dict[str, dict]:
+    """-> {name: metrics} of all sources, in the file `part` as they come: Ctrl-C loses none. What
+    cannot be read or measured is left out with a sentence, or with its traceback if that is due to
+    a bug, perhaps in a router of yours."""
+    runs = {}
     for source in sources:
         try:
             found = read_or_measure(source, args)
@@ -928,6 +938,9 @@ def collect(sources: list[Path], args: argparse.Namespace, runs: dict[str, dict]
             while name in runs:
                 name = f"{place}/{name}"
             runs[name] = metrics
+        with replacing(part) as temporary:
+            temporary.write_text(json.dumps(runs))
+    return runs
 
 
 def print_table(runs: dict[str, dict], groups: list[Group]) -> None:
@@ -955,18 +968,14 @@ def main(argv: list[str]) -> None:
         raise ValueError("there is no run in out/; train one with python train.py.")
     path = Path(os.path.expanduser(args.out_dir), "metrics.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs = {}
-    try:
-        collect(sources, args, runs)
-    finally:  # Ctrl-C loses no run that was measured
-        if runs:
-            groups = group_runs(runs)
-            try:
-                print_table(runs, groups)
-            finally:  # its reader may be gone, as in | head
-                write_metrics(path, runs)
+    part = path.with_name("metrics.part.json")
+    runs = collect(sources, args, part)
     if not runs:
         raise ValueError("no run is left to analyze.")
+    write_metrics(path, runs)
+    part.unlink()
+    groups = group_runs(runs)
+    print_table(runs, groups)
     try:
         figures = draw_figures(groups, path.parent)
     except ImportError:

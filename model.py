@@ -486,17 +486,19 @@ def router_class(name: str) -> type | None:
     return ROUTERS.get(name)
 
 
+def code_hash(*names: str) -> str:
+    """Of the modules of these names beside this file."""
+    paths = [Path(__file__).with_name(f"{name}.py") for name in names]
+    code = b"".join(path.read_bytes() for path in paths if path.exists())
+    return hashlib.sha256(code).hexdigest()[:12]
+
+
 @cache  # as the files were when a run began: they may be edited while it trains
 def code_of(router: str) -> dict[str, str]:
     """Hashes of the code that gives a run its numbers: this project's, and that of your own
     router's file (not of what it imports)."""
-    def digest(*names):
-        paths = [Path(__file__).with_name(f"{name}.py") for name in names]
-        code = b"".join(path.read_bytes() for path in paths if path.exists())
-        return hashlib.sha256(code).hexdigest()[:12]
-
-    return {"code": digest("model", "routers", "prepare_data", "train"),
-            "router_code": digest(router)}
+    return {"code": code_hash("model", "routers", "prepare_data", "train"),
+            "router_code": code_hash(router)}
 
 
 def load_checkpoint(path) -> tuple[SMoETransformer, dict]:

@@ -419,8 +419,8 @@ def replacing(path):
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or "no room on the disk?"
-        raise OSError(f"{path} could not be written ({reason}); if it was there, it still is as it "
-                      "was.") from error
+        raise OSError(f"{path} could not be written ({reason}); the old one, if any, is as it was, "
+                      "and the disk must hold both.") from error
     finally:
         temporary.unlink(missing_ok=True)
 

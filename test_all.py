@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -754,19 +755,37 @@ def test_what_finds_no_room_for_a_while_is_written_at_the_next_evaluation(
     assert checkpoint_of("out/b")["finished"]
 
 
-def test_a_run_whose_folder_is_moved_stops_and_mixes_with_no_other(workdir, monkeypatch):
-    def moved(*args, train_step=train.train_step):
-        monkeypatch.setattr(train, "train_step", train_step)
-        os.rename("out/a", "out/b")
-        shutil.copytree("out/b", "out/a")  # as if another run had begun there
-        return train_step(*args)
-
+def test_a_run_whose_folder_is_moved_mixes_with_no_other_and_saves_when_it_is_back(
+        workdir, monkeypatch, capsys):
     run_train("--out_dir=out/a", "--max_iters=3")
     before = read_log("out/a")
+
+    def moved(*args, steps=itertools.count(4), train_step=train.train_step):
+        step = next(steps)
+        if step == 4:
+            os.rename("out/a", "out/b")
+            shutil.copytree("out/b", "out/a")  # as if another run had begun there
+        elif step == 7:
+            assert read_log("out/a") == before and checkpoint_of("out/a")["step"] == 3
+            shutil.rmtree("out/a")
+            os.rename("out/b", "out/a")
+        return train_step(*args)
+
     monkeypatch.setattr(train, "train_step", moved)
-    assert "out/a was moved or replaced" in refusal(resume, "--max_iters=6")
-    assert read_log("out/a") == before and checkpoint_of("out/a")["step"] == 3
+    resume("--max_iters=9")
+    assert "Step 6 is not saved: out/a was moved or replaced" in capsys.readouterr().out
+    assert checkpoint_of("out/a")["finished"] and len(read_log("out/a")) == 10
+
+
+def test_a_resume_goes_on_from_what_the_run_before_it_saved_at_the_last_moment(
+        workdir, monkeypatch):
+    run_train("--out_dir=out/a", "--max_iters=3")
+    shutil.copytree("out/a", "out/b")
     resume("--out_dir=out/b", "--max_iters=6")
+    monkeypatch.setattr(train, "open_data", lambda *args, open_data=train.open_data: (
+        shutil.copy("out/b/ckpt.pt", "out/a"), open_data(*args))[1])  # the flags are read by then
+    resume("--max_iters=9")
+    assert checkpoint_of("out/a")["history"][-1] == "max_iters was 6 to step 6"
 
 
 def test_where_there_is_no_lock_as_on_windows_a_run_trains_and_is_renamed_as_well(
@@ -795,13 +814,12 @@ def test_a_full_disk_gets_one_sentence_with_a_path_and_leaves_the_last_checkpoin
         raise RuntimeError("CUDA error: device-side assert triggered")  # no full disk
 
 
-@pytest.mark.parametrize("name", ["embed.weight", "blocks.0.moe.router.centroids"])
-def test_what_is_not_finite_stops_the_run_and_never_replaces_a_good_checkpoint(
-        name, workdir, monkeypatch):
+def test_a_weight_that_is_not_finite_stops_the_run_and_never_replaces_a_good_checkpoint(
+        workdir, monkeypatch):
     run_train("--out_dir=out/a", "--max_iters=3")
 
     def explode(model, *args):  # a loss may be fine, and the step that it led to not
-        model.state_dict()[name][0] = math.nan
+        model.state_dict()["embed.weight"][0] = math.nan
         signal.raise_signal(signal.SIGTERM)  # a request to save in that very step
         return torch.tensor([1.0, 0.0])
 
@@ -1004,6 +1022,7 @@ def test_a_mistake_and_too_little_memory_are_a_sentence_and_a_bug_keeps_its_trac
     ("prepare_data --dataset=data --glob=*.zzz", "holds no text file that matches *.zzz"),
     ("prepare_data --dataset=data --glob=/*", "--glob=/* is no pattern for names in a folder"),
     ("analyze", "there is no run in out/"), ("analyze nowhere", "no run is left"),
+    ("analyze metrics.json --tokens=9", "--tokens goes with a run"),
     ("analyze --tokens=0", "--tokens must be positive"),
     ("analyze --device=abacus", "not a device"), ("analyze x --out_dir=/proc/x", "/proc/x"),
     ("model nothing", "nothing/ckpt.pt is not there")])
@@ -1475,7 +1494,7 @@ def a_run(perplexity=4.0, seed=1, step=6, tokens=64, val_tokens=128, **settings)
     """What metrics.json says of a run, as far as the tables need it."""
     settings = {"router": "aux", "seed": seed, "max_iters": 6, "top_k": 2, "z_loss_coef": 0.0,
                 "data_sha256": "a", "val_sha256": "a", "code": "a", "router_code": "a",
-                "repeated": "yes", "block_size": 16, "eval_tokens": 64,
+                "measured_by": "a", "repeated": "yes", "block_size": 16, "eval_tokens": 64,
                 "history": "none", "out_dir": f"out/{seed}"} | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
             "val_tokens": val_tokens, "tokens": tokens, "settings": settings}
@@ -1493,7 +1512,7 @@ def test_runs_of_one_name_that_differ_in_the_seed_alone_are_one_group_and_no_cop
 
 @pytest.mark.parametrize("change", [
     {"data_sha256": "b"}, {"code": "b"}, {"repeated": "no"}, {"step": 3}, {"top_k": 4},
-    {"tokens": 4096}, {"val_tokens": 64}, {"val_sha256": "b"}, {"eval_tokens": 32},
+    {"measured_by": "b"}, {"tokens": 4096}, {"val_tokens": 64}, {"val_sha256": "b"}, {"eval_tokens": 32},
     {"history": "max_iters was 3 to step 3"}])
 def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(change):
     groups = analyze.group_runs({"aux-1": a_run(), "aux-2": a_run(seed=2, **change)})
@@ -1518,6 +1537,10 @@ def test_groups_look_different_in_colour_or_marker_however_many_there_are():
 def test_the_table_marks_a_run_short_of_its_steps():
     table = analyze.markdown_table([("a", [a_run()]), ("b", [a_run(step=3)])])
     assert [line.split(" | ")[3] for line in table.splitlines()[2:]] == ["6", "3 of 6"]
+
+
+def test_of_a_value_that_one_seed_lacks_there_is_no_mean():
+    assert analyze.mean_and_spread([{"x": 1.0}, {"x": None}], "x") == "–"
 
 
 def test_one_line_names_every_setting_in_which_the_runs_differ():
@@ -2113,7 +2136,7 @@ def test_an_analysis_keeps_the_numbers_of_the_last_one_and_none_of_its_figures_b
     assert "pip install matplotlib" in capsys.readouterr().err
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
     assert (tmp_path / "metrics.old-1.json").read_text() == "mine"
-    assert not list(tmp_path.glob("*.png"))
+    assert sorted(os.listdir(tmp_path)) == ["metrics.json", "metrics.old-1.json", "one.json"]
 
 
 def test_the_end_of_an_analysis_loses_no_run_that_was_measured(workplace, tmp_path, monkeypatch):
@@ -2122,7 +2145,7 @@ def test_the_end_of_an_analysis_loses_no_run_that_was_measured(workplace, tmp_pa
         observe() and one(*args)))
     with pytest.raises(KeyboardInterrupt):
         analyze_in(workplace, "out/aux-1", "out/aux-2", "--tokens=64", f"--out_dir={tmp_path}")
-    assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
+    assert list(json.loads((tmp_path / "metrics.part.json").read_text())) == ["aux-1"]
 
 
 def test_a_run_is_added_to_the_metrics_json_of_earlier_ones(workplace, analysis, tmp_path):

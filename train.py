@@ -114,9 +114,9 @@ PRESETS = {
 }
 
 
-def parse_args(argv: list[str]) -> tuple:
-    """Flags -> settings and, with --resume, what load_checkpoint gives, else None, None. Flags
-    override the preset, or the settings in the checkpoint. Raises ValueError."""
+def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
+    """Flags -> settings and, with --resume, the hashes of the data that the run was trained on,
+    else None. Flags override the preset, or the settings in the checkpoint. Raises ValueError."""
     comments = {}  # --help shows the comment beside each field
     for cls in (Config, TrainConfig):
         comments |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
@@ -134,18 +134,16 @@ def parse_args(argv: list[str]) -> tuple:
     if named.config not in PRESETS:
         raise ValueError(f"config must be one of {', '.join(PRESETS)}, not {named.config!r}.")
     parser.set_defaults(**PRESETS[named.config])
-    model = checkpoint = None
+    sha256 = None
     if named.resume:
         out_dir = os.path.expanduser(named.out_dir or f"out/{named.router}")
-        model, checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"))
+        _, checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"))
+        sha256 = checkpoint["sha256"]
         # settings that you have removed from the code since are left out
         parser.set_defaults(**{
             name: value for name, value in checkpoint["config"].items() if name in vars(named)}
             | {"out_dir": out_dir})
-    c = TrainConfig(**vars(parser.parse_args(argv)))
-    if checkpoint:
-        check_resume(checkpoint, c)
-    return c, model, checkpoint
+    return TrainConfig(**vars(parser.parse_args(argv))), sha256
 
 
 def check_resume(checkpoint: dict, c: TrainConfig) -> None:
@@ -323,14 +321,13 @@ def claim(out_dir: Path, c: TrainConfig):
 
 
 def check_claim(file, out_dir: Path) -> None:
-    """Raises ValueError if out_dir is no longer the folder of the locked file: two runs would mix,
-    or this one would lie in two places."""
+    """Raises OSError if out_dir is no longer the folder of the locked file: two runs would mix, or
+    this one would lie in two places."""
     path = out_dir / "lock"
     there = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
     if not there and file.name != os.devnull:  # as lock() gives it on Windows
-        raise ValueError(f"{out_dir} was moved or replaced while a run wrote to it; its last "
-                         "checkpoint, if any, lies where the folder is now: go on there with "
-                         "--resume.")
+        raise OSError(f"{out_dir} was moved or replaced while a run wrote to it; its last "
+                      "checkpoint, if any, lies where the folder is now: put it back.")
 
 
 def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
@@ -366,8 +363,7 @@ def write_log(out_dir: Path, records: list[dict]) -> None:
 def check_finite(model, step: int, path: Path) -> None:
     """Ends a run that has diverged before it saves anything. The loss was computed before the
     update, so it may be finite where the weights no longer are; not the other way round."""
-    if not (all(p.isfinite().all() for p in model.parameters())
-            and not any(b.isnan().any() for b in model.buffers())):  # yours may hold -inf
+    if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"the weights are not finite at step {step}; the last good checkpoint, if "
                          f"any, is {path}. Try a lower --learning_rate or a longer --warmup_iters.")
 
@@ -451,16 +447,19 @@ def stop_requests():
             signal.signal(number, handler)
 
 
-def begin(c: TrainConfig, model, checkpoint: dict | None, data, machine: Machine) -> tuple:
-    """Starts a run, or goes on with what load_checkpoint gave -> (model, optimizer, step, meta:
+def begin(c: TrainConfig, data, machine: Machine) -> tuple:
+    """Starts a run, or goes on with the checkpoint in out_dir -> (model, optimizer, step, meta:
     what each checkpoint says of the run, its settings, log, hashes, and later its evaluation)."""
     config = asdict(c) | {"dtype": str(machine.dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
     meta = dict(config=config, log=[], history=[], finished=False, sha256=data.meta["sha256"],
                 tokenizer=data.meta["tokenizer"]["name"], **code_of(c.router))
-    if not checkpoint:
+    if not c.resume:
         model = make_model(c, machine.device)  # the same on every rank
         return model, make_optimizer(model, c), 0, meta
+    # read again: the folder is locked now, and its last run may have saved since parse_args
+    model, checkpoint = load_checkpoint(Path(c.out_dir, "ckpt.pt"))
+    check_resume(checkpoint, c)
     optimizer = make_optimizer(model.to(machine.device), c)
     # a copy: its tensors would be mapped from the file, which Windows then lets none replace
     optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
@@ -541,19 +540,22 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
                 meta["evaluation"] = metrics | extra
             meta["log"].append(record)
 
-            # save: a line of the log; at an evaluation all of it, and a checkpoint
+            # save: at an evaluation a checkpoint and the whole log, else its new line
             if machine.master:
-                check_claim(file, out_dir)
-                with suppress(OSError), open(out_dir / "log.jsonl", "a") as log:
-                    log.write(json.dumps(record) + "\n")
                 if evaluating:
                     show(step, metrics)
-                    try:
+                try:
+                    check_claim(file, out_dir)
+                    if evaluating:
                         save(out_dir, meta, raw_model, optimizer, step)
-                    except OSError as error:
-                        if stop:
-                            raise
-                        say(f"Step {step} is not saved: {error} The next evaluation tries again.")
+                    else:
+                        with open(out_dir / "log.jsonl", "a") as log:
+                            log.write(json.dumps(record) + "\n")
+                except OSError as error:  # a disk may be full, or a network away, for a while
+                    if stop:
+                        raise
+                    if evaluating:
+                        say(f"Step {step} is not saved: {error} The next save tries again.")
             # anew: tokens_per_s is of training alone
             start, start_step = time.perf_counter(), step
     bar.close()
@@ -609,15 +611,16 @@ def show_result(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
 
 
 def main(argv: list[str]) -> None:
-    c, model, checkpoint = parse_args(argv)
+    c, sha256 = parse_args(argv)
     code_of(c.router)  # reads and caches it now: the run records the code that it started with
     if c.bench:
         return bench(c)
     machine = set_up(c)
-    data = open_data(c, machine, checkpoint["sha256"] if checkpoint else None)
+    data = open_data(c, machine, sha256)
     with claim(Path(c.out_dir), c) if machine.master else nullcontext() as file:
-        model, optimizer, step, meta = begin(c, model, checkpoint, data, machine)
-        del checkpoint  # it is mapped from the file
+        if machine.world_size > 1:
+            dist.barrier()  # no process reads a checkpoint before the folder is locked
+        model, optimizer, step, meta = begin(c, data, machine)
         step = train(model, optimizer, step, meta, data, file, machine, c)
         if step == c.max_iters:
             finish(model, optimizer, meta, data, file, machine, c)
