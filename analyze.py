@@ -809,7 +809,7 @@ def draw_experts(fig, groups) -> None:
     ax = fig.add_subplot(grid[:, 1])
     colors = expert_colors(last.runs[0]["n_expert"])
     ax.set(xlim=(0, 34), ylim=(len(colors), 0))
-    ax.set_title(f"{last.title()}: the tokens that\neach expert gets most above its share",
+    ax.set_title(f"{last.title()}: tokens\nmost above each expert's share",
                  fontsize=10, loc="left")
     for expert, (color, texts) in enumerate(zip(colors, last.runs[0]["favourite_tokens"])):
         ax.barh(expert + 0.5, 3, 0.92, color=color)
