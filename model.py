@@ -19,7 +19,6 @@ import sys
 import textwrap
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -123,8 +122,8 @@ class Experts(torch.autograd.Function):
     shows the coupling, and of the large activations it saves only x, a and b, where autograd would
     keep more for the same gradients.
 
-    x (N, C) and the weights w_gate, w_up (E, H, C), w_down (E, C, H) share one dtype; gates (N, K)
-    float32; order, inverse and ends from sort_by_expert. Returns y (N, C).
+    Arguments and result are those of the definition; x and the weights share one dtype, gates are
+    float32.
 
     grouped_mm(A, B, offs=ends) is a matrix product for each expert i on its block of the table,
     rows = ends[i - 1] (or 0) : ends[i]. The shapes of A and B decide which product:
@@ -136,7 +135,8 @@ class Experts(torch.autograd.Function):
     result, and less work where H < C, as by default."""
 
     @staticmethod
-    def forward(ctx, x, gates, w_gate, w_up, w_down, order, inverse, ends):
+    def forward(ctx, x, indices, gates, w_gate, w_up, w_down):
+        order, inverse, ends = sort_by_expert(indices, len(w_gate))      # (N*K), (N, K), (E)
         token = order // gates.shape[1]                                  # (N*K) t of t * K + k
         xs = x.index_select(0, token)                                    # (N*K, C) dispatch
         gate = gates.flatten()[order, None].to(x.dtype)                  # (N*K, 1)
@@ -175,7 +175,7 @@ class Experts(torch.autograd.Function):
         dw_down = weight_gradient(dys, gate * h, ends)                   # (E, C, H)
         dx = combine(grouped_mm(da, w_gate, offs=ends), inverse)         # (N, C)
         dx = dx + combine(grouped_mm(db, w_up, offs=ends), inverse)
-        return dx, dgates, dw_gate, dw_up, dw_down, None, None, None
+        return dx, None, dgates, dw_gate, dw_up, dw_down  # indices have no gradient
 
 
 def combine(rows: Tensor, inverse: Tensor) -> Tensor:
@@ -213,13 +213,12 @@ class SMoE(nn.Module):
         B, T, C = x.shape
         x = x.reshape(B * T, C)                                          # (N, C)
         indices, gates, aux_loss, *_ = self.router(x)                    # (N, K), (N, K), ()
-        order, inverse, ends = sort_by_expert(indices, len(self.w_gate))  # (N*K), (N, K), (E)
         # autocast does not know grouped_mm, so its inputs are cast by hand
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        y = Experts.apply(x.to(dtype), gates, self.w_gate.to(dtype), self.w_up.to(dtype),
-                          self.w_down.to(dtype), order, inverse, ends)
+        y = Experts.apply(x.to(dtype), indices, gates, self.w_gate.to(dtype), self.w_up.to(dtype),
+                          self.w_down.to(dtype))
         return y.view(B, T, C), aux_loss
 
 
@@ -237,7 +236,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.n_embd // config.n_head, eps=1e-6)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, T, C), cos and sin (T, D) -> (B, T, C)."""
+        """x (B, T, C), cos and sin (T, D/2) -> (B, T, C)."""
         B, T, C = x.shape
         # split() and not three slices: the backward pass of each slice would write all 3C columns
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)     # (B, heads, T, D) each
@@ -251,12 +250,11 @@ class Attention(nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE, half-split: turns each pair (x_j, x_{j + D/2}) of x (..., T, D) by its position's
-    angle.
+    angle, of which cos and sin (T, D/2) are given:
 
-        (a, b) -> (a cos - b sin, b cos + a sin)
-
-    The first half of `sin` carries the minus sign."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+        (a, b) -> (a cos - b sin, b cos + a sin)"""
+    a, b = x.chunk(2, dim=-1)                                       # (..., T, D/2) each
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 class Block(nn.Module):
@@ -284,9 +282,8 @@ class SMoETransformer(nn.Module):
         half = config.n_embd // config.n_head // 2
         frequency = 10000.0 ** (-torch.arange(half) / half)                             # (D/2)
         angle = torch.arange(config.block_size)[:, None] * frequency                    # (T, D/2)
-        cos, sin = angle.cos(), angle.sin()
-        self.register_buffer("cos", torch.cat([cos, cos], dim=1), persistent=False)     # (T, D)
-        self.register_buffer("sin", torch.cat([-sin, sin], dim=1), persistent=False)    # (T, D)
+        self.register_buffer("cos", angle.cos(), persistent=False)                      # (T, D/2)
+        self.register_buffer("sin", angle.sin(), persistent=False)                      # (T, D/2)
         self.init_weights()
 
     @torch.no_grad()
@@ -320,7 +317,7 @@ class SMoETransformer(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size = "
                              f"{self.config.block_size}; cut it.")
-        cos, sin = self.cos[:T], self.sin[:T]                            # (T, D) each
+        cos, sin = self.cos[:T], self.sin[:T]                            # (T, D/2) each
         x = self.embed(idx)                                              # (B, T, C)
         aux_losses = []
         for block in self.blocks:
@@ -493,7 +490,6 @@ def code_hash(*names: str) -> str:
     return hashlib.sha256(code).hexdigest()[:12]
 
 
-@cache  # as the files were when a run began: they may be edited while it trains
 def code_of(router: str) -> dict[str, str]:
     """Hashes of the code that gives a run its numbers: this project's, and that of your own
     router's file (not of what it imports)."""
@@ -505,6 +501,9 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
     """-> (the trained model, on the CPU; what train.save wrote). The file is mapped: what you do
     not touch, as the optimizer's state, costs no memory. Raises ValueError for a missing, damaged
     or foreign file."""
+    if not Path(path).exists():
+        raise ValueError(f"{path} is not there; name the folder of a run that has saved one.")
+
     def unfit(error):
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
         return ValueError(f"{path} is damaged, or no checkpoint of the code as it is now "
@@ -515,9 +514,6 @@ def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
         for key in ("model", "optimizer", "step", "config", "log", "evaluation", "finished",
                     "rng", "history", "sha256", "code", "router_code", "tokenizer"):
             checkpoint[key]  # KeyError if it is missing
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} is not there; name the folder of a run that has saved one."
-                         ) from None
     except Exception as error:  # a damaged file can raise nearly anything
         raise unfit(error) from None
     # outside of the try: an error in a router of your own is no damaged file

@@ -114,42 +114,43 @@ PRESETS = {
 }
 
 
-def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
-    """Flags -> settings and, with --resume, the hashes of the data that the run was trained on,
-    else None. Flags override the preset, or the settings in the checkpoint. Raises ValueError."""
+def parse_args(argv: list[str]) -> TrainConfig:
+    """Flags override the preset or, with --resume, the settings in the checkpoint. Raises
+    ValueError."""
     comments = {}  # --help shows the comment beside each field
     for cls in (Config, TrainConfig):
-        comments |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE)
+        source = inspect.getsource(cls).replace("%", "%%")  # argparse formats what it shows
+        comments |= re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE)
     parser = Parser(allow_abbrev=False, description=__doc__.split("\n")[0],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in fields(TrainConfig):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
             "type": field.type, "metavar": field.type.__name__}
         parser.add_argument(f"--{field.name}", default=field.default, **kind,
-                            help=comments.get(field.name, "has no comment in its class").replace(
-                                "%", "%%"))  # argparse formats it
+                            help=comments.get(field.name, "has no comment in its class"))
 
     # parsed twice: to find the preset or the checkpoint, then with its settings as the defaults
     named = parser.parse_args([flag for flag in argv if flag not in ("-h", "--help")])
     if named.config not in PRESETS:
         raise ValueError(f"config must be one of {', '.join(PRESETS)}, not {named.config!r}.")
     parser.set_defaults(**PRESETS[named.config])
-    sha256 = None
     if named.resume:
         out_dir = os.path.expanduser(named.out_dir or f"out/{named.router}")
         _, checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"))
-        sha256 = checkpoint["sha256"]
         # settings that you have removed from the code since are left out
         parser.set_defaults(**{
             name: value for name, value in checkpoint["config"].items() if name in vars(named)}
             | {"out_dir": out_dir})
-    return TrainConfig(**vars(parser.parse_args(argv))), sha256
+    return TrainConfig(**vars(parser.parse_args(argv)))
 
 
-def check_resume(checkpoint: dict, c: TrainConfig) -> None:
-    """Raises ValueError if nothing is left to do, or if a setting has changed that makes it another
-    run. Another max_iters (it stretches the cosine of the learning rate) and edited code are
-    allowed: begin() notes them."""
+def check_resume(checkpoint: dict, data, c: TrainConfig) -> None:
+    """Raises ValueError if nothing is left to do, or if the data or a setting makes it another run.
+    Another max_iters (it stretches the cosine of the learning rate) and edited code are allowed:
+    begin() notes them."""
+    if checkpoint["sha256"] != data.meta["sha256"]:
+        raise ValueError(f"data/{c.dataset} is not the data that the run in {c.out_dir} was "
+                         "trained on: prepare that again, or start another run.")
     # a field that you have added to the code since was at its default
     old = {field.name: field.default for field in fields(c)} | checkpoint["config"]
     for name in sorted(vars(c).keys() - INCIDENTAL - {"max_iters"}):
@@ -255,7 +256,7 @@ def train_step(model, routers, optimizer, batches, autocast, c: TrainConfig) -> 
     if c.grad_clip > 0:
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     update_routers(routers)
     return torch.stack(losses).mean(0)
 
@@ -266,10 +267,10 @@ def mean(values: torch.Tensor) -> float | None:
 
 
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
-    """-> (metrics, extra). metrics: numbers for the log (README.md), means over layers. extra, for
-    the checkpoint: `load` (n_layer, E), tokens that each expert got, and `objective`. Loss and load
-    are on n_tokens validation tokens, the same for every seed and batch size, divided among the
-    processes; coupling and objective on 2,048, the same for each process."""
+    """-> (metrics: numbers for the log (README.md), means over layers; evaluation, for the
+    checkpoint: the same, `load` (n_layer, E), tokens that each expert got, and `objective`). Loss
+    and load are on n_tokens validation tokens, the same for every seed and batch size, divided
+    among the processes; coupling and objective on 2,048, the same for each process."""
     where = dict(block_size=c.block_size, device=machine.device)
     cuda = [machine.device.index] if machine.device.type == "cuda" else []
     sums = torch.zeros(2, dtype=torch.double, device=machine.device)     # of the loss, of tokens
@@ -293,17 +294,19 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     val_loss = loss / n
     load_std, max_violation = load_balance(loads)                        # (n_layer) each
     similarity = torch.stack([router_similarity(r.directions)[0] for r in model.routers()])
-    return {"val_loss": val_loss, "perplexity": perplexity(val_loss),
-            "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
-            "router_similarity": mean(similarity), "coupling_spearman": mean(coupling),
-            "val_tokens": int(n)}, {"load": loads, "objective": objective}
+    metrics = {"val_loss": val_loss, "perplexity": perplexity(val_loss),
+               "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
+               "router_similarity": mean(similarity), "coupling_spearman": mean(coupling),
+               "val_tokens": int(n)}
+    return metrics, metrics | {"load": loads, "objective": objective}
 
 
 # ---------------------------------------------------------------- the files of a run
 
-def claim(out_dir: Path, c: TrainConfig):
+def claim(c: TrainConfig):
     """-> a locked file: until it is closed, no other run can be in out_dir. Raises ValueError if
     one is in it or, without --resume or --overwrite, has been in it."""
+    out_dir = Path(c.out_dir)
     names = [name for name in ("ckpt.pt", "log.jsonl") if (out_dir / name).exists()]
     if names and not (c.resume or c.overwrite):
         go_on = "--resume to go on with it, " if "ckpt.pt" in names else ""
@@ -330,10 +333,9 @@ def check_claim(file, out_dir: Path) -> None:
                       "checkpoint, if any, lies where the folder is now: put it back.")
 
 
-def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
+def open_data(c: TrainConfig, machine: Machine):
     """-> the Dataset in data/<dataset>; stdlib and python, which every machine has, are prepared
-    here if they are missing. sha256: the hashes that a resumed run noted; other files raise
-    ValueError."""
+    here if they are missing."""
     folder = Path("data", c.dataset)
     if c.dataset in ("stdlib", "python") and not folder.exists() and machine.master:
         try:
@@ -343,7 +345,7 @@ def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
                 raise
     if machine.world_size > 1:
         dist.barrier()
-    return open_dataset(folder, c.block_size, c.vocab_size, sha256)
+    return open_dataset(folder, c.block_size, c.vocab_size)
 
 
 def save(out_dir: Path, meta: dict, model, optimizer, step: int) -> None:
@@ -447,28 +449,27 @@ def stop_requests():
             signal.signal(number, handler)
 
 
-def begin(c: TrainConfig, data, machine: Machine) -> tuple:
+def begin(c: TrainConfig, code: dict, data, machine: Machine) -> tuple:
     """Starts a run, or goes on with the checkpoint in out_dir -> (model, optimizer, step, meta:
     what each checkpoint says of the run, its settings, log, hashes, and later its evaluation)."""
     config = asdict(c) | {"dtype": str(machine.dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
     meta = dict(config=config, log=[], history=[], finished=False, sha256=data.meta["sha256"],
-                tokenizer=data.meta["tokenizer"]["name"], **code_of(c.router))
+                tokenizer=data.meta["tokenizer"]["name"], **code)
     if not c.resume:
         model = make_model(c, machine.device)  # the same on every rank
         return model, make_optimizer(model, c), 0, meta
     # read again: the folder is locked now, and its last run may have saved since parse_args
     model, checkpoint = load_checkpoint(Path(c.out_dir, "ckpt.pt"))
-    check_resume(checkpoint, c)
+    check_resume(checkpoint, data, c)
     optimizer = make_optimizer(model.to(machine.device), c)
     # a copy: its tensors would be mapped from the file, which Windows then lets none replace
     optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
     torch.set_rng_state(checkpoint["rng"])  # for a router that draws noise, and the sample
     # with other code or another max_iters it is no longer the run that it was: say so
-    changes = [f"{what} was {old} to step {checkpoint['step']}" for what, old, new in (
-        ("max_iters", checkpoint["config"]["max_iters"], c.max_iters),
-        ("code", checkpoint["code"], meta["code"]),
-        ("router_code", checkpoint["router_code"], meta["router_code"])) if new != old]
+    before = checkpoint | {"max_iters": checkpoint["config"]["max_iters"]}
+    changes = [f"{name} was {before[name]} to step {checkpoint['step']}"
+               for name, now in {"max_iters": c.max_iters, **code}.items() if now != before[name]]
     if machine.master and changes:
         print(f"This run changes on its way: {', '.join(changes)}.")
     meta |= {"log": checkpoint["log"], "history": checkpoint["history"] + changes}
@@ -503,7 +504,7 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
     stop = False
     bar = tqdm(total=c.max_iters, initial=step, unit="step",
                disable=None if machine.master else True)  # None: on a terminal only
-    with stop_requests() as signals:
+    with bar, stop_requests() as signals:
         while step < c.max_iters and not stop:
             # batch: a pure function of seed, step, micro-step and rank
             step += 1
@@ -535,9 +536,8 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
             bar.set_postfix(loss=f"{train_loss:.3f}")
             if evaluating:
                 # the model that is not compiled: evaluation is rare, and need not compile again
-                metrics, extra = evaluate(raw_model, data, c.eval_tokens, machine, c)
+                metrics, meta["evaluation"] = evaluate(raw_model, data, c.eval_tokens, machine, c)
                 record |= metrics
-                meta["evaluation"] = metrics | extra
             meta["log"].append(record)
 
             # save: at an evaluation a checkpoint and the whole log, else its new line
@@ -558,21 +558,20 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
                         say(f"Step {step} is not saved: {error} The next save tries again.")
             # anew: tokens_per_s is of training alone
             start, start_step = time.perf_counter(), step
-    bar.close()
     return step
 
 
 def finish(model, optimizer, meta: dict, data, file, machine: Machine, c: TrainConfig) -> None:
     """The last evaluation, on more tokens, takes the place of that of the last step. All is saved
     when it begins, so it may be interrupted, and --resume repeats it."""
-    metrics, extra = evaluate(model, data, c.final_eval_tokens, machine, c)
+    metrics, meta["evaluation"] = evaluate(model, data, c.final_eval_tokens, machine, c)
     meta["log"][-1] |= metrics
-    meta |= {"evaluation": metrics | extra, "finished": True}
+    meta["finished"] = True
     if machine.master:
         check_claim(file, Path(c.out_dir))
         save(Path(c.out_dir), meta, model, optimizer, c.max_iters)
         show(c.max_iters, metrics)
-        show_result(model, data, metrics, machine.autocast, c)
+        show_result(model, data, metrics, machine, c)
 
 
 def show(step: int, metrics: dict) -> None:
@@ -587,7 +586,7 @@ def say(line: str) -> None:
         tqdm.write(line)
 
 
-def show_result(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
+def show_result(model, data, metrics: dict, machine: Machine, c: TrainConfig) -> None:
     """What the user sees last: a sample that goes on with validation text, and three lines."""
     try:
         tokenizer = get_tokenizer(data.meta["tokenizer"]["name"])
@@ -595,8 +594,8 @@ def show_result(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
         print(f"No sample: {error}")
     else:
         start = torch.from_numpy(data.val[:min(100, c.block_size)].astype("int64"))     # (n)
-        with autocast:
-            idx = model.generate(start[None].to(model.head.weight.device), 256, temperature=0.8)
+        with machine.autocast:
+            idx = model.generate(start[None].to(machine.device), 256, temperature=0.8)
         ids = idx[0].tolist()
         rule = "-" * 30
         print(f"{rule} validation text {rule}\n{printable(tokenizer, ids[:len(start)])}\n"
@@ -611,16 +610,16 @@ def show_result(model, data, metrics: dict, autocast, c: TrainConfig) -> None:
 
 
 def main(argv: list[str]) -> None:
-    c, sha256 = parse_args(argv)
-    code_of(c.router)  # reads and caches it now: the run records the code that it started with
+    c = parse_args(argv)
+    code = code_of(c.router)  # read now: the files may be edited while the run is under way
     if c.bench:
         return bench(c)
     machine = set_up(c)
-    data = open_data(c, machine, sha256)
-    with claim(Path(c.out_dir), c) if machine.master else nullcontext() as file:
+    data = open_data(c, machine)
+    with claim(c) if machine.master else nullcontext() as file:
         if machine.world_size > 1:
             dist.barrier()  # no process reads a checkpoint before the folder is locked
-        model, optimizer, step, meta = begin(c, data, machine)
+        model, optimizer, step, meta = begin(c, code, data, machine)
         step = train(model, optimizer, step, meta, data, file, machine, c)
         if step == c.max_iters:
             finish(model, optimizer, meta, data, file, machine, c)
