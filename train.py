@@ -324,13 +324,12 @@ def claim(c: TrainConfig):
 
 
 def check_claim(file, out_dir: Path) -> None:
-    """Raises OSError if out_dir is no longer the folder of the locked file: two runs would mix, or
-    this one would lie in two places."""
+    """Raises OSError if out_dir is gone, or if another run has begun there, with which this one
+    would mix. `file`: the locked one of claim()."""
     path = out_dir / "lock"
-    there = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    if not there and file.name != os.devnull:  # as lock() gives it on Windows
-        raise OSError(f"{out_dir} was moved or replaced while a run wrote to it; its last "
-                      "checkpoint, if any, lies where the folder is now: put it back.")
+    file.seek(0)
+    if not out_dir.is_dir() or (path.exists() and path.read_text() != file.read()):
+        raise OSError(f"{out_dir} was moved away, or another run has begun there; put it back.")
 
 
 def open_data(c: TrainConfig, machine: Machine):
