@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import textwrap
 import traceback
@@ -39,7 +38,7 @@ from model import (
     load_checkpoint, perplexity, probe, router_cosines, router_similarity, spearman, watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_tokenizer, mistake, open_corpus, open_dataset,
-    printable, read_single, replacing, visible)
+    printable, read_text, replacing, visible)
 
 WIDTH = 70  # characters in a line of experts.png
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
@@ -80,9 +79,8 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
     config, evaluation = checkpoint["config"], checkpoint["evaluation"]
-    evaluations = [record for record in checkpoint["log"] if "val_loss" in record]
-    # the final one is on more tokens: it is left out of the curves
-    log = [record for record in evaluations if record["val_tokens"] == evaluations[0]["val_tokens"]]
+    n_eval = checkpoint["log"][0]["val_tokens"]  # the last evaluation is on more: no curve has it
+    log = [record for record in checkpoint["log"] if record.get("val_tokens") == n_eval]
     data = open_dataset(Path("data", config["dataset"]), c.block_size, c.vocab_size,
                         checkpoint["sha256"])
 
@@ -244,11 +242,10 @@ def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor
     """-> ids (B, T + 1): sequences of one length, evenly spaced in a text file (None: in the
     validation documents of the data set stdlib); shorter than T where the text is short."""
     if text:
-        pieces = [piece for _, piece in read_single(Path(os.path.expanduser(text)), 0.05)]
+        corpus = "".join(read_text(os.path.expanduser(text)))
     else:
-        documents = open_corpus("stdlib", None, 0.05, Path("data"))
-        pieces = [piece for split, piece in documents if split == "val"]
-    corpus, T = "".join(pieces), min(T, n_tokens)
+        corpus = "".join(piece for split, piece in open_corpus("stdlib") if split == "val")
+    T = min(T, n_tokens)
     cuts = np.linspace(0, len(corpus), -(-n_tokens // T) + 1, dtype=int).tolist()
     # truncation comes after all is encoded: 64 characters a token are more than enough
     rows = [tokenizer(corpus[start:end][:64 * (T + 1)], truncation=True,
@@ -285,9 +282,9 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
         raise ValueError("its loss is not finite; try --dtype=float32.")
     layers = []
     for mixture, calls in zip(mixtures, seen):
+        *inputs, _ = zip(*calls)  # the last is what the experts gave
         x, indices, gates = (torch.cat([part.flatten(0, -2) for part in parts])
-                             # the fourth is what the experts gave
-                             for parts in [*zip(*calls)][:3])            # (N, C), (N, K), (N, K)
+                             for parts in inputs)                        # (N, C), (N, K), (N, K)
         logits = F.linear(x.float(), mixture.directions.float(), mixture.bias.float())  # (N, E)
         scores = router_scores(logits, indices, gates.float())           # (N, E)
         best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (N, K)
@@ -353,7 +350,7 @@ def alignment(directions: Tensor, w_gate: Tensor) -> tuple[Tensor, Tensor]:
     top = torch.stack([top_direction(w.float()) for w in w_gate])        # (E, C)
     cosines = (F.normalize(directions, dim=-1) @ top.t()).abs()          # (E, E)
     matched = cosines.trace()
-    return matched / E, (cosines.sum() - matched) / (E * (E - 1) or math.nan)
+    return matched / E, (cosines.sum() - matched) / (E * (E - 1))  # one expert: 0 / 0
 
 
 def unrouted_gradient_share(gradient: Tensor, indices: Tensor) -> Tensor:
@@ -444,42 +441,38 @@ def text_lines(tokens: Tensor, experts: Tensor, text_of, T: int) -> list[list]:
             line.append([text_of(token), expert])
             chars += text_of(token)
             if "\n" in chars or len(chars) >= WIDTH:
-                own.append((line, chars))
+                own.append((chars, line))
                 line, chars = [], ""
         lines += own[1:]  # the first may begin in mid-line; the last, unfinished one is not in own
-    good = [pair for pair in lines
-            if 30 < len(pair[1]) < WIDTH and sum(map(str.isalpha, pair[1])) > 0.6 * len(pair[1])]
-    return [line for line, _ in (good if len(good) >= 8 else lines)[:8]]
+    good = [(chars, line) for chars, line in lines
+            if 30 < len(chars) < WIDTH and sum(map(str.isalpha, chars)) > 0.6 * len(chars)]
+    return [line for _, line in (good if len(good) >= 8 else lines)[:8]]
 
 
-def to_json(value):
-    """Tensors -> numbers and lists; nan and infinity, which JSON has not, -> None."""
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {key: to_json(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [to_json(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def to_json(values: Tensor):
+    """-> a number or nested lists of them; nan and infinity, which JSON has not, -> None."""
+    array = values.double().cpu().numpy()
+    return np.where(np.isfinite(array), array, None).tolist()
 
 
 def measure(observed: Observed) -> dict:
     """What metrics.json says of a model: all that the table and the figures need."""
     about, tokens, text_of, layers = observed
-    metrics = [layer_metrics(layer, tokens) for layer in tqdm(layers, "measure", **BAR)]
-    by_layer = {key: torch.stack([layer[key].double().cpu() for layer in metrics])
-                for key in metrics[0]}                                   # (n_layer, ...) each
+    measured = [layer_metrics(layer, tokens) for layer in tqdm(layers, "measure", **BAR)]
+    by_layer = {key: torch.stack([metrics[key].double() for metrics in measured])
+                for key in measured[0]}                                  # (n_layer, ...) each
+    numbers = {f"{key}_by_layer": to_json(values) for key, values in by_layer.items()}
+    numbers |= {key: to_json(values.nanmean(0)) for key, values in by_layer.items()}
     middle = layers[len(layers) // 2]
     first, E = middle.indices[:, 0], len(middle.directions)              # (N)
     settings = about["settings"] | {"measured_by": code_hash("analyze", "model")}
-    return to_json(about | {f"{key}_by_layer": values for key, values in by_layer.items()} | {
-        key: values.nanmean(0) for key, values in by_layer.items()} | {
+    return about | numbers | {
         "settings": settings, "tokens": len(tokens), "n_expert": E,
         "top_k": middle.indices.shape[1], "depth": [layer.depth for layer in layers],
         "middle_depth": middle.depth,
-        "cosines": router_cosines(middle.directions).double().round(decimals=3),  # (E, E)
+        "cosines": to_json(router_cosines(middle.directions).double().round(decimals=3)),  # (E, E)
         "text": text_lines(tokens, first, text_of, about["settings"]["block_size"]),
-        "favourite_tokens": favourite_tokens(tokens, first, E, text_of)})
+        "favourite_tokens": favourite_tokens(tokens, first, E, text_of)}
 
 
 # ---------------------------------------------------------------- groups and the table
@@ -535,13 +528,11 @@ def experiment(run: dict) -> dict:
 
 def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
     """{setting: {value: labels of the groups that have it}} where it has several values."""
-    found, settings = {}, [experiment(group.runs[0]) for group in groups]
-    for key in dict.fromkeys(key for one in settings for key in one):
-        for group, one in zip(groups, settings):
-            if key in one:  # an --hf model has not the settings of a training
-                values = found.setdefault(key, {})
-                values.setdefault(str(one[key]), []).append(group.label)
-    return {key: labels for key, labels in found.items() if len(labels) > 1}
+    found = {}
+    for group in groups:
+        for key, value in experiment(group.runs[0]).items():
+            found.setdefault(key, {}).setdefault(str(value), []).append(group.label)
+    return {key: values for key, values in found.items() if len(values) > 1}
 
 
 def group_runs(runs: dict[str, dict]) -> list[Group]:
@@ -611,17 +602,16 @@ def paired_differences(groups: list[Group]) -> list[str]:
     groups that share seeds and differ in one setting alone: the later minus the earlier."""
     lines = []
     for earlier, later in combinations(groups, 2):
-        pairs = [(x["perplexity"], y["perplexity"]) for x in later.runs for y in earlier.runs
-                 if x["seed"] == y["seed"]]
+        percent = [100 * (x["perplexity"] / y["perplexity"] - 1)
+                   for x in later.runs for y in earlier.runs if x["seed"] == y["seed"]]
         # how a run was measured has no part in its perplexity
         different = differing([later, earlier]).keys() - {"repeated", "measured_by"}
         if "router" in different:  # a router of your own is a name and its code
             different -= {"router_code"}
-        if len(pairs) > 1 and len(different) <= 1 and not different & OTHER_TEXT:
-            percent = [100 * (x / y - 1) for x, y in pairs]
-            error = np.std(percent, ddof=1) / math.sqrt(len(pairs))
+        if len(percent) > 1 and len(different) <= 1 and not different & OTHER_TEXT:
+            error = np.std(percent, ddof=1) / math.sqrt(len(percent))
             lines.append(f"perplexity, {later.label} - {earlier.label}: {np.mean(percent):+.2f} ± "
-                         f"{error:.2f} % (paired by seed, n = {len(pairs)})")
+                         f"{error:.2f} % (paired by seed, n = {len(percent)})")
     return lines
 
 
@@ -639,18 +629,15 @@ def draw_line(ax, group: Group, x, values: np.ndarray) -> None:
     ax.fill_between(x, values.min(0), values.max(0), color=group.style["color"], alpha=0.2, lw=0)
 
 
-def curve(run: dict, key: str) -> dict[int, float]:
-    """{step: value}"""
-    return {record["step"]: record[key] for record in run["log"] if record.get(key) is not None}
-
-
-def draw_curves(ax, group: Group, curves: list[dict]) -> None:
-    """curves: {step: value} per seed; at the steps that all of them have."""
+def draw_curve(ax, group: Group, key: str, factor: float = 1) -> None:
+    """factor * the logged values of `key`, at the steps where all seeds have one."""
+    curves = [{record["step"]: record[key] for record in run["log"] if record.get(key) is not None}
+              for run in group.runs]                                     # {step: value} per seed
     if steps := sorted(set.intersection(*map(set, curves))):  # one expert has no similarity
-        tokens = math.prod(group.runs[0]["settings"][key] for key in (
+        tokens = math.prod(group.runs[0]["settings"][name] for name in (
             "batch_size", "gradient_accumulation_steps", "block_size"))
-        values = np.array([[points[step] for step in steps] for points in curves])
-        draw_line(ax, group, np.array(steps) * tokens / 1e6, values)
+        values = np.array([[curve[step] for step in steps] for curve in curves])
+        draw_line(ax, group, np.array(steps) * tokens / 1e6, factor * values)
     ax.set_xlabel("training tokens (millions)")
     ax.locator_params("x", nbins=4)
 
@@ -738,15 +725,16 @@ def logged(groups: list[Group]) -> list[Group]:
 
 
 def draw_common_mode(fig, groups) -> None:
-    trained = logged(groups)
-    axes = fig.subplots(1, 2 if trained else 1, squeeze=False)[0]
-    for group in trained:
-        draw_curves(axes[0], group, [curve(run, "router_similarity") for run in group.runs])
-        axes[0].axhline(group.mean("router_similarity_chance"), **CHANCE)
-    if trained:
-        axes[0].set(ylabel="mean |cosine| of router directions\n(dotted: chance)", ylim=0)
-        add_legend(fig, axes[0])
-    draw_points(axes[-1], groups, "common_share", "share of the mean hidden state in a router\n"
+    if trained := logged(groups):
+        left, right = fig.subplots(1, 2)
+        for group in trained:
+            draw_curve(left, group, "router_similarity")
+            left.axhline(group.mean("router_similarity_chance"), **CHANCE)
+        left.set(ylabel="mean |cosine| of router directions\n(dotted: chance)", ylim=0)
+        add_legend(fig, left)
+    else:
+        right = fig.subplots()
+    draw_points(right, groups, "common_share", "share of the mean hidden state in a router\n"
                 "direction's energy (dotted: chance)", "common_share_chance")
 
 
@@ -765,10 +753,9 @@ def draw_training(fig, groups) -> None:
         return
     left, middle, right = fig.subplots(1, 3)
     for group in trained:
-        draw_curves(left, group, [curve(run, "perplexity") for run in group.runs])
-        draw_curves(middle, group, [{step: std * run["n_expert"] for step, std in curve(
-            run, "load_std").items()} for run in group.runs])
-        draw_curves(right, group, [curve(run, "coupling_spearman") for run in group.runs])
+        draw_curve(left, group, "perplexity")
+        draw_curve(middle, group, "load_std", factor=group.runs[0]["n_expert"])  # the load CV
+        draw_curve(right, group, "coupling_spearman")
     left.set(ylabel="validation perplexity")
     middle.set(ylabel="Std of the load / even load")
     right.set(ylabel="Spearman of score and activation")
@@ -872,7 +859,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         help="what the --hf model computes in (default: as it is stored)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     args = parser.parse_args(argv)
-    if args.tokens and args.run and {run.suffix for run in args.run} == {".json"} and not args.hf:
+    if args.tokens and {run.suffix for run in args.run} == {".json"} and not args.hf:
         parser.error("--tokens goes with a run: what a metrics.json holds has been measured")
     if args.tokens is None:
         args.tokens = 4096 if args.hf else 16384
@@ -898,18 +885,6 @@ def read_metrics(path: Path) -> dict[str, dict]:
         return runs
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("it is not a metrics.json that this analyze.py wrote.") from None
-
-
-def write_metrics(path: Path, runs: dict) -> None:
-    """Replaces metrics.json, and keeps the earlier one: it may hold hours of measuring."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(runs) + "\n")
-        if path.exists() and path.read_text() != temporary.read_text():
-            kept = free_path(path.parent, "metrics.old-", ".json")
-            shutil.copy(path, kept)
-            warn(f"The earlier metrics.json is kept as {kept}.")
-    for name in FIGURES:  # none may stay beside other numbers
-        (path.parent / name).unlink(missing_ok=True)
 
 
 def read_or_measure(source: Path, args: argparse.Namespace) -> dict[str, dict]:
@@ -939,8 +914,20 @@ def collect(sources: list[Path], args: argparse.Namespace, part: Path) -> dict[s
                 name = f"{place}/{name}"
             runs[name] = metrics
         with replacing(part) as temporary:
-            temporary.write_text(json.dumps(runs))
+            temporary.write_text(json.dumps(runs) + "\n")
     return runs
+
+
+def publish(part: Path, path: Path) -> None:
+    """The file `part` becomes metrics.json; the earlier one is kept: it may hold hours of
+    measuring."""
+    if path.exists() and path.read_text() != part.read_text():
+        kept = free_path(path.parent, "metrics.old-", ".json")
+        path.rename(kept)
+        warn(f"The earlier metrics.json is kept as {kept}.")
+    for name in FIGURES:  # none may stay beside other numbers
+        (path.parent / name).unlink(missing_ok=True)
+    part.replace(path)
 
 
 def print_table(runs: dict[str, dict], groups: list[Group]) -> None:
@@ -972,8 +959,7 @@ def main(argv: list[str]) -> None:
     runs = collect(sources, args, part)
     if not runs:
         raise ValueError("no run is left to analyze.")
-    write_metrics(path, runs)
-    part.unlink()
+    publish(part, path)
     groups = group_runs(runs)
     print_table(runs, groups)
     try:

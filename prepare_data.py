@@ -82,7 +82,7 @@ def visible(text):
 # A document is (split, text), `split` "train" or "val"; the splits "broken" and "duplicate" are
 # counted and left out. A file longer than PIECE makes several.
 
-def open_corpus(dataset, glob, val_fraction, data_root):
+def open_corpus(dataset, glob=None, val_fraction=0.05, data_root=Path("data")):
     """-> generator of the documents of a built-in data set, or of a text file or folder."""
     path = Path(os.path.expanduser(dataset))
     if glob and (dataset in DATASETS or not path.is_dir()):
@@ -114,26 +114,27 @@ def open_corpus(dataset, glob, val_fraction, data_root):
 def find_files(root, glob, skip=frozenset()):
     """-> sorted Paths of the files below `root` that match, but for empty and hidden ones, those in
     folders named in `skip`, and token files."""
-    found = []
     try:
         paths = sorted(Path(root).rglob(glob))
     except (ValueError, NotImplementedError) as error:  # an absolute one, or **.py
         raise ValueError(f"--glob={glob} is no pattern for names in a folder: {error}.") from None
+    found = []
     for path in paths:
         parts = path.relative_to(root).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if hidden or skip & set(parts) or path.suffix == ".bin" or not path.is_file():
-            continue
-        if path.stat().st_size:
+        skipped = skip & set(parts) or any(part.startswith(".") for part in parts)
+        if not skipped and path.suffix != ".bin" and path.is_file() and path.stat().st_size:
             found.append(path)
     return found
 
 
 def read_text(path):
     """Yields the text of a UTF-8 file, PIECE characters and the rest of their line at a time."""
-    with open(path, encoding="utf-8", newline="") as file:
-        while text := file.read(PIECE) + file.readline(PIECE):
-            yield text
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            while text := file.read(PIECE) + file.readline(PIECE):
+                yield text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it.") from error
 
 
 def split_of(digest, val_fraction):
@@ -149,7 +150,7 @@ def read_documents(paths, val_fraction):
         try:  # to read it all, so that a file with a broken part is left out whole
             for text in read_text(path):
                 pass
-        except (OSError, UnicodeDecodeError):
+        except (OSError, ValueError):
             yield "broken", ""
             continue
         for text in read_text(path):
@@ -162,10 +163,7 @@ def read_documents(paths, val_fraction):
 def read_single(path, val_fraction):
     """Yields the documents of the only file: the first 1 - val_fraction of its characters are train
     and the rest val. The cut moves on to the next line end."""
-    try:
-        left = int(sum(map(len, read_text(path))) * (1 - val_fraction))  # characters of train
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it.") from error
+    left = int(sum(map(len, read_text(path))) * (1 - val_fraction))  # characters of train
     for text in read_text(path):
         cut = max(0, min(left, len(text)))
         # move the cut behind a line end (cut - 1: it may be there already), but not to the end of

@@ -1077,8 +1077,7 @@ def test_stdlib_is_the_source_of_the_standard_library_without_tests_and_python_a
     monkeypatch.setattr(prepare_data, "read_documents", lambda paths, val_fraction: paths)
     write_folder(tmp_path, {"site-packages/theirs.py": "x = 1", "my-packages/mine.py": "x = 1"})
     monkeypatch.setattr(sys, "path", [f"{tmp_path}/site-packages", f"{tmp_path}/my-packages"])
-    stdlib, python = (prepare_data.open_corpus(name, None, 0.05, Path("data"))
-                      for name in ("stdlib", "python"))
+    stdlib, python = map(prepare_data.open_corpus, ("stdlib", "python"))
     names = {path.relative_to(sysconfig.get_path("stdlib")).as_posix() for path in stdlib}
     assert {"argparse.py", "json/decoder.py"} <= names
     assert sum(path.stat().st_size for path in stdlib) > 5e6
@@ -1628,7 +1627,9 @@ def test_a_run_that_the_code_does_not_repeat_and_one_that_changed_are_named(
 
 def test_seeds_with_other_evaluation_steps_are_one_curve_at_those_that_they_share():
     ax, group = mock.Mock(), analyze.group_runs({"a-1": a_run(), "a-2": a_run(seed=2)})[0]
-    analyze.draw_curves(ax, group, [{0: 0.0, 5: 5.0, 10: 10.0}, {0: 0.0, 10: 30.0, 20: 42.0}])
+    for run, points in zip(group.runs, ({0: 0.0, 5: 5.0, 10: 10.0}, {0: 0.0, 10: 30.0, 20: 42.0})):
+        run["log"] = [{"step": step, "x": value} for step, value in points.items()]
+    analyze.draw_curve(ax, group, "x")
     assert ax.plot.call_args.args[0].tolist() == [0, 160e-6]  # steps 0 and 10, in millions
     assert ax.plot.call_args.args[1].tolist() == [0, 20]
     for run, steps in zip(group.runs, ([0, 5, 10], [0, 7, 14])):
