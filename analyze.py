@@ -6,7 +6,7 @@
     python analyze.py --hf=DIR                   # a mixture of experts that transformers can load
 
 Prints a Markdown table, writes metrics.json and the figures to out/analysis/ (if it is broken off,
-metrics.part.json has what was measured). Three parts, from top to bottom: observe (a model -> what
+metrics.part1.json has what was measured). Three parts, from top to bottom: observe (a model -> what
 its layers do on validation tokens, the only part that knows what a run is), measure (pure functions
 of that), and, from metrics.json alone, group the runs, print the table, draw.
 
@@ -465,11 +465,11 @@ def measure(observed: Observed) -> dict:
     numbers |= {key: to_json(values.nanmean(0)) for key, values in by_layer.items()}
     middle = layers[len(layers) // 2]
     first, E = middle.indices[:, 0], len(middle.directions)              # (N)
-    settings = about["settings"] | {"measured_by": code_hash("analyze", "model")}
+    code = code_hash("analyze", "model", "routers", about["router"])
     return about | numbers | {
-        "settings": settings, "tokens": len(tokens), "n_expert": E,
-        "top_k": middle.indices.shape[1], "depth": [layer.depth for layer in layers],
-        "middle_depth": middle.depth,
+        "settings": about["settings"] | {"measured_by": code}, "tokens": len(tokens),
+        "n_expert": E, "top_k": middle.indices.shape[1], "middle_depth": middle.depth,
+        "depth": [layer.depth for layer in layers],
         "cosines": to_json(router_cosines(middle.directions).double().round(decimals=3)),  # (E, E)
         "text": text_lines(tokens, first, text_of, about["settings"]["block_size"]),
         "favourite_tokens": favourite_tokens(tokens, first, E, text_of)}
@@ -901,18 +901,20 @@ def collect(sources: list[Path], args: argparse.Namespace, part: Path) -> dict[s
     """-> {name: metrics} of all sources, in the file `part` as they come: Ctrl-C loses none. What
     cannot be read or measured is left out with a sentence, or with its traceback if that is due to
     a bug, perhaps in a router of yours."""
-    runs = {}
+    found, runs = [], {}  # found: [(name, the same with its folder in front, metrics)]
     for source in sources:
         try:
-            found = read_or_measure(source, args)
+            measured = read_or_measure(source, args)
         except Exception as error:
             warn(f"{source} is left out: {mistake(error) or traceback.format_exc()}")
             continue
-        for name, metrics in found.items():  # a name that is taken gets its folder in front
+        for name, metrics in measured.items():
             place = source.parent if source.name == name else source
-            while name in runs:
-                name = f"{place}/{name}"
-            runs[name] = metrics
+            found.append((name, f"{place}/{name}", metrics))
+        # if a name is there twice, all get their folder: else one folder's seeds would be mixed
+        # with the other's
+        unique = len({name for name, _, _ in found}) == len(found)
+        runs = {name if unique else longer: metrics for name, longer, metrics in found}
         with replacing(part) as temporary:
             temporary.write_text(json.dumps(runs) + "\n")
     return runs
@@ -955,7 +957,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("there is no run in out/; train one with python train.py.")
     path = Path(os.path.expanduser(args.out_dir), "metrics.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name("metrics.part.json")
+    part = free_path(path.parent, "metrics.part", ".json")
     runs = collect(sources, args, part)
     if not runs:
         raise ValueError("no run is left to analyze.")

@@ -1641,13 +1641,14 @@ def test_runs_of_the_same_name_are_told_apart_and_the_home_folder_is_found(
         workplace, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     change_checkpoint(workplace / "out" / "aux-1", tmp_path / "mine" / "aux-1", code="other")
-    done = run_script("analyze.py", "out/aux-1", "~/mine/aux-1", "--tokens=64",
+    done = run_script("analyze.py", "out/aux-1", "out/aux-2", "~/mine/aux-1", "--tokens=64",
                       "--out_dir=~/result", cwd=workplace)
     runs = json.loads((tmp_path / "result" / "metrics.json").read_text())
-    assert list(runs) == ["aux-1", "~/mine/aux-1"] and not (workplace / "~").exists()
+    assert list(runs) == ["out/aux-1", "out/aux-2", "~/mine/aux-1"]
+    assert not (workplace / "~").exists()
     # an edit may have changed gradients and nothing else
-    assert [run["unrouted_gradient_share"] is None for run in runs.values()] == [False, True]
-    assert re.search(r" code \w{12} \(aux-1\), other \(~/mine/aux-1\)", done.stdout)
+    assert [run["unrouted_gradient_share"] is None for run in runs.values()] == [False, False, True]
+    assert re.search(r" code \w{12} \(out/aux\), other \(~/mine/aux-1\)", done.stdout)
 
 
 # ---------------------------------------------------------------- any mixture of experts
@@ -1951,7 +1952,7 @@ def test_the_end_of_an_analysis_loses_no_run_that_was_measured(workplace, tmp_pa
         observe() and one(*args)))
     with pytest.raises(KeyboardInterrupt):
         analyze_in(workplace, "out/aux-1", "out/aux-2", "--tokens=64", f"--out_dir={tmp_path}")
-    assert list(json.loads((tmp_path / "metrics.part.json").read_text())) == ["aux-1"]
+    assert list(json.loads((tmp_path / "metrics.part1.json").read_text())) == ["aux-1"]
 
 
 def test_a_run_is_added_to_the_metrics_json_of_earlier_ones(workplace, analysis, tmp_path):
