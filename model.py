@@ -100,8 +100,8 @@ def experts_by_definition(x, indices, gates, w_gate, w_up, w_down) -> Tensor:
 
 
 def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """That token t goes to its k-th expert (both counted from 0) is the assignment t * K + k. The
-    fast experts work on a table with a row for each assignment, sorted so that the rows of an
+    """Assignment t * K + k: token t goes to its k-th expert (both counted from 0). The fast
+    experts work on a table with a row for each assignment, sorted so that the rows of an
     expert are one block. indices (N, K) -> order (N*K), inverse (N, K), ends (E) int32:
 
         indices [[2, 0], [0, 1]]    E = 3; the assignments 0, 1, 2, 3 go to the experts 2, 0, 0, 1

@@ -157,8 +157,8 @@ class LearnedRouter(Router):
         return logits, logits.sigmoid()
 
     def gate(self, chosen_logits: Tensor) -> Tensor:
-        # the scores, normalised over S, are the same numbers, but would leave rounding noise where
-        # the gradient cancels on paper: on the logits that are not selected
+        # not scores / sum over S, the same numbers: there the gradient on the other logits, 0 on
+        # paper, would be 0 only up to rounding
         if self.config.score_fn == "softmax":
             return chosen_logits.softmax(-1)  # (N, K)
         return F.normalize(chosen_logits.sigmoid(), p=1.0, dim=-1)

@@ -267,10 +267,10 @@ def mean(values: torch.Tensor) -> float | None:
 
 
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
-    """-> (metrics: numbers for the log (README.md), means over layers; evaluation, for the
-    checkpoint: the same, `load` (n_layer, E), tokens that each expert got, and `objective`). Loss
-    and load are on n_tokens validation tokens, the same for every seed and batch size, divided
-    among the processes; coupling and objective on 2,048, the same for each process."""
+    """-> (metrics: means over layers, for the log (README.md); evaluation, for the checkpoint: the
+    metrics and `load` (n_layer, E; tokens per expert) and `objective`). Loss and load are on
+    n_tokens validation tokens, the same for every seed and batch size, divided among the processes;
+    coupling and objective on 2,048, the same for each process."""
     where = dict(block_size=c.block_size, device=machine.device)
     cuda = [machine.device.index] if machine.device.type == "cuda" else []
     sums = torch.zeros(2, dtype=torch.double, device=machine.device)     # of the loss, of tokens
@@ -356,14 +356,14 @@ def save(out_dir: Path, meta: dict, model, optimizer, step: int) -> None:
 
 
 def write_log(out_dir: Path, records: list[dict]) -> None:
-    """The whole of log.jsonl: steps after the checkpoint of a resume are gone from it."""
+    """Writes log.jsonl anew: on a resume, steps after the checkpoint disappear."""
     with replacing(out_dir / "log.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def check_finite(model, step: int, path: Path) -> None:
-    """Ends a run that has diverged before it saves anything. The loss was computed before the
-    update, so it may be finite where the weights no longer are; not the other way round."""
+    """Ends a run that has diverged before it saves anything. (The loss, computed before the update,
+    may be finite where the weights no longer are.)"""
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"the weights are not finite at step {step}; the last good checkpoint, if "
                          f"any, is {path}. Try a lower --learning_rate or a longer --warmup_iters.")
