@@ -475,18 +475,28 @@ INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_inter
               "log_interval"}
 
 
+def source(name: str) -> bytes:
+    """The code of the module NAME.py beside this file; empty if there is none."""
+    path = Path(__file__).parent / f"{name}.py"
+    return path.read_bytes() if name.isidentifier() and path.exists() else b""
+
+
+# read when they are imported: the files may be edited while a process runs
+SOURCES = {name: source(name) for name in ("model", "routers", "prepare_data", "train", "analyze")}
+
+
 def router_class(name: str) -> type | None:
     """The class of that name in ROUTERS, built in or your own: the module NAME.py beside this file
     registers it. None if there is none."""
-    if name.isidentifier() and Path(__file__).with_name(f"{name}.py").exists():
+    if code := source(name):
+        SOURCES.setdefault(name, code)
         import_module(name)
     return ROUTERS.get(name)
 
 
 def code_hash(*names: str) -> str:
-    """Of the modules of these names beside this file."""
-    paths = [Path(__file__).with_name(f"{name}.py") for name in names]
-    code = b"".join(path.read_bytes() for path in paths if path.exists())
+    """Of the modules of these names."""
+    code = b"".join(SOURCES.get(name, b"") for name in names)
     return hashlib.sha256(code).hexdigest()[:12]
 
 

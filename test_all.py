@@ -608,17 +608,28 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
 
 
 def test_a_run_knows_the_code_of_the_project_and_of_its_own_router_and_no_other(
-        tmp_path, monkeypatch):
-    for name in ("model", "routers", "prepare_data", "train", "mine", "other"):
-        (tmp_path / f"{name}.py").write_text(name)
-    monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
+        monkeypatch):
+    monkeypatch.setattr(model, "SOURCES", {name: name.encode() for name in (
+        "model", "routers", "prepare_data", "train", "mine", "other")})
     before = model.code_of("mine")
     assert model.code_of("aux")["code"] == before["code"]
     for edited, changes in (("other", [0, 0]), ("mine", [0, 1]), ("train", [1, 0])):
-        (tmp_path / f"{edited}.py").write_text("edited")
+        model.SOURCES[edited] = b"edited"
         after = model.code_of("mine")
         assert changes == [before[key] != after[key] for key in ("code", "router_code")]
         before = after
+
+
+def test_the_code_of_an_own_router_is_that_which_was_imported(tmp_path, monkeypatch):
+    own = tmp_path / "mine.py"
+    own.write_text("# one")
+    monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
+    monkeypatch.setattr(model, "SOURCES", {})
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace())
+    model.router_class("mine")
+    own.write_text("# two")  # edited while it trains
+    model.router_class("mine")
+    assert model.code_of("mine")["router_code"] == hashlib.sha256(b"# one").hexdigest()[:12]
 
 
 def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(workdir):
@@ -660,29 +671,28 @@ def test_what_finds_no_room_for_a_while_is_written_at_the_next_evaluation(
     assert [r["step"] for r in read_log("out/a")] == [0, 1, 2, 3, 4, 5, 6] and save.call_count == 3
 
 
-def test_a_run_whose_folder_is_moved_mixes_with_no_other_and_saves_when_it_is_back(
+def test_a_run_whose_folder_is_moved_makes_it_anew_and_mixes_with_no_other(
         workdir, monkeypatch, capsys):
     run_train("--out_dir=out/a", "--max_iters=3")
-    before = read_log("out/a")
 
     def moved(*args, steps=itertools.count(4), train_step=train.train_step):
         step = next(steps)
         if step == 4:
             os.rename("out/a", "out/b")
         elif step == 7:
-            with prepare_data.lock(Path(shutil.copytree("out/b", "out/a"))):  # another run begins
+            assert checkpoint_of("out/a")["step"] == 6 and checkpoint_of("out/b")["step"] == 3
+            with prepare_data.lock(Path("out/a")):  # another run begins there
                 pass
         elif step == 10:
-            assert read_log("out/a") == before and checkpoint_of("out/a")["step"] == 3
-            shutil.rmtree("out/a")
-            shutil.copytree("out/b", "out/a")
-            os.remove("out/a/lock")  # it is no reason to lose the run
+            assert read_log("out/a")[-1]["step"] == checkpoint_of("out/a")["step"] == 6
+            os.remove("out/a/lock")  # it ends, and is tidied up
         return train_step(*args)
 
     monkeypatch.setattr(train, "train_step", moved)
     resume("--max_iters=12")
     printed = capsys.readouterr().out
-    assert re.findall(r"Step (\d+) is not saved: out/a was moved", printed) == ["6", "9"]
+    assert re.findall(r"Step (\d+) is not saved: another run has begun", printed) == ["9"]
+    assert "out/a was moved away: from here on" in printed
     assert checkpoint_of("out/a")["finished"] and len(read_log("out/a")) == 13
 
 
@@ -1353,7 +1363,8 @@ def test_runs_of_one_name_that_differ_in_the_seed_alone_are_one_group_and_no_cop
 
 @pytest.mark.parametrize("change", [
     {"data_sha256": "b"}, {"code": "b"}, {"repeated": "no"}, {"step": 3}, {"top_k": 4},
-    {"measured_by": "b"}, {"tokens": 4096}, {"val_tokens": 64}, {"val_sha256": "b"}, {"eval_tokens": 32},
+    {"measured_by": "b"}, {"tokens": 4096}, {"val_tokens": 64}, {"val_sha256": "b"},
+    {"eval_tokens": 32},
     {"history": "max_iters was 3 to step 3"}])
 def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(change):
     groups = analyze.group_runs({"aux-1": a_run(), "aux-2": a_run(seed=2, **change)})

@@ -324,12 +324,15 @@ def claim(c: TrainConfig):
 
 
 def check_claim(file, out_dir: Path) -> None:
-    """Raises OSError if out_dir is gone, or if another run has begun there, with which this one
-    would mix. `file`: the locked one of claim()."""
+    """Before a run writes: makes out_dir anew if it was moved away, and raises OSError if another
+    run has begun there, with which this one would mix. `file`: the locked one of claim()."""
     path = out_dir / "lock"
     file.seek(0)
-    if not out_dir.is_dir() or (path.exists() and path.read_text() != file.read()):
-        raise OSError(f"{out_dir} was moved away, or another run has begun there; put it back.")
+    if path.exists() and path.read_text() != file.read():
+        raise OSError(f"another run has begun in {out_dir}; move that away.")
+    if not out_dir.is_dir():
+        out_dir.mkdir(parents=True)
+        say(f"{out_dir} was moved away: from here on the run is saved in a new one.")
 
 
 def open_data(c: TrainConfig, machine: Machine):
@@ -448,9 +451,10 @@ def stop_requests():
             signal.signal(number, handler)
 
 
-def begin(c: TrainConfig, code: dict, data, machine: Machine) -> tuple:
+def begin(c: TrainConfig, data, machine: Machine) -> tuple:
     """Starts a run, or goes on with the checkpoint in out_dir -> (model, optimizer, step, meta:
     what each checkpoint says of the run, its settings, log, hashes, and later its evaluation)."""
+    code = code_of(c.router)
     config = asdict(c) | {"dtype": str(machine.dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
     meta = dict(config=config, log=[], history=[], finished=False, sha256=data.meta["sha256"],
@@ -610,7 +614,6 @@ def show_result(model, data, metrics: dict, machine: Machine, c: TrainConfig) ->
 
 def main(argv: list[str]) -> None:
     c = parse_args(argv)
-    code = code_of(c.router)  # read now: the files may be edited while the run is under way
     if c.bench:
         return bench(c)
     machine = set_up(c)
@@ -618,7 +621,7 @@ def main(argv: list[str]) -> None:
     with claim(c) if machine.master else nullcontext() as file:
         if machine.world_size > 1:
             dist.barrier()  # no process reads a checkpoint before the folder is locked
-        model, optimizer, step, meta = begin(c, code, data, machine)
+        model, optimizer, step, meta = begin(c, data, machine)
         step = train(model, optimizer, step, meta, data, file, machine, c)
         if step == c.max_iters:
             finish(model, optimizer, meta, data, file, machine, c)
