@@ -507,31 +507,35 @@ def code_of(router: str) -> dict[str, str]:
             "router_code": code_hash(router)}
 
 
-def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
-    """-> (the trained model, on the CPU; what train.save wrote). The file is mapped: what you do
-    not touch, as the optimizer's state, costs no memory. Raises ValueError for a missing, damaged
-    or foreign file."""
+def unfit(path, error: Exception) -> ValueError:
+    reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
+    return ValueError(f"{path} is damaged, or no checkpoint of the code as it is now ({reason}).")
+
+
+def read_checkpoint(path) -> dict:
+    """-> what train.save wrote. The file is mapped: what you do not touch, as the optimizer's
+    state, costs no memory. Raises ValueError for a missing, damaged or foreign file."""
     if not Path(path).exists():
         raise ValueError(f"{path} is not there; name the folder of a run that has saved one.")
-
-    def unfit(error):
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
-        return ValueError(f"{path} is damaged, or no checkpoint of the code as it is now "
-                          f"({reason}).")
-
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         for key in ("model", "optimizer", "step", "config", "log", "evaluation", "finished",
                     "rng", "history", "sha256", "code", "router_code", "tokenizer"):
             checkpoint[key]  # KeyError if it is missing
     except Exception as error:  # a damaged file can raise nearly anything
-        raise unfit(error) from None
-    # outside of the try: an error in a router of your own is no damaged file
+        raise unfit(path, error) from None
+    return checkpoint
+
+
+def load_checkpoint(path) -> tuple[SMoETransformer, dict]:
+    """-> (the trained model, on the CPU; what read_checkpoint gives). Raises ValueError as that."""
+    checkpoint = read_checkpoint(path)
+    # outside of any try: an error in a router of your own is no damaged file
     model = SMoETransformer(config_of(checkpoint["config"]))
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise unfit(error) from None
+        raise unfit(path, error) from None
     return model, checkpoint
 
 

@@ -540,6 +540,18 @@ def test_the_main_command_prepares_its_corpus_trains_samples_and_sums_up(tmp_pat
     assert checkpoint["step"] == 2 and model.config.router == "kmeans"
 
 
+def test_a_second_run_that_prepares_the_same_corpus_more_slowly_trains_as_well(
+        toy, tmp_path, monkeypatch):
+    def slow(dataset):  # another run was faster
+        Path("data").mkdir()
+        Path("data/stdlib").symlink_to(toy / "data/toy")
+        raise ValueError("another process has made data/stdlib meanwhile")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "prepare", slow)
+    run_train("--dataset=stdlib", "--out_dir=out/a", "--max_iters=1")
+    assert checkpoint_of("out/a")["step"] == 1
+
+
 def test_the_log_has_one_object_a_step_and_the_metrics_at_evaluations_from_step_0_on(workdir):
     run_train("--router=aux", "--out_dir=out/a")
     records = read_log("out/a")
@@ -561,7 +573,7 @@ def test_the_coupling_that_is_logged_is_the_rank_correlation_of_score_and_activa
     x, routing = seen[1][0]
     activations = [(x.float() @ w.t()).norm(dim=1) for w in model.blocks[1].moe.w_gate]
     expected = spearman(routing.scores, torch.stack(activations, dim=1)).mean()
-    assert coupling[1].item() == pytest.approx(expected.item(), abs=1e-4)  # near ties may swap
+    assert coupling[1].item() == pytest.approx(expected.item(), abs=1e-6)
     if not bfloat16:
         assert objective == pytest.approx(sum(model(*batch)[1:]).item())
 
@@ -669,6 +681,17 @@ def test_what_finds_no_room_for_a_while_is_written_at_the_next_evaluation(
     sentence = "Step 3 is not saved: out/a/ckpt.pt could not be written (no room on the disk?)"
     assert sentence in capsys.readouterr().out
     assert [r["step"] for r in read_log("out/a")] == [0, 1, 2, 3, 4, 5, 6] and save.call_count == 3
+
+
+def test_a_full_disk_leaves_the_last_file_and_no_half_of_a_new_one_and_is_no_other_error(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    path.write_text("good")
+    for error, raised in ((RuntimeError("inline_container.cc:858: unexpected pos 64"), OSError),
+                          (RuntimeError("CUDA error: device-side assert triggered"), RuntimeError)):
+        with pytest.raises(raised), prepare_data.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise error
+        assert path.read_text() == "good" and os.listdir(tmp_path) == ["ckpt.pt"]
 
 
 def test_a_run_whose_folder_is_moved_makes_it_anew_and_mixes_with_no_other(
@@ -779,7 +802,7 @@ def test_two_processes_equal_one(router, workdir):
     run_train(*flags, "--out_dir=out/one")
     for one, two in zip(losses("out/one"), losses("out/two"), strict=True):
         # abs: a rank correlation near 0 moves by more than a thousandth of itself
-        assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
     one, two = checkpoint_of("out/one")["model"], checkpoint_of("out/two")["model"]
     assert all(torch.allclose(two[name], p, atol=1e-5) for name, p in one.items())
 
@@ -872,10 +895,12 @@ def test_a_mistake_and_too_little_memory_are_a_sentence_and_a_bug_keeps_its_trac
 
 
 @pytest.mark.parametrize("command, words", [
-    ("train --router=../best", "router must be one of aux, lossfree, kmeans, none, or the name"),
+    ("train --router=best", "router must be one of aux, lossfree, kmeans, none, or the name"),
+    ("train --router=../best", "a Python module beside model.py that registers a class"),
     ("train --router=test_all", "that registers a class under this name, not 'test_all'"),
     ("train --config=7b", "config must be one of tiny, small, 1b"),
     ("train --lr=1", "unrecognized arguments: --lr=1; python train.py --help lists the flags"),
+    ("train --max_iters=many", "max_iters: invalid int value: 'many'"),
     ("train --learning_rate=nan", "learning_rate must be positive"),
     ("train --dataset=nothing", "data/nothing is not there; prepare_data.py makes it"),
     ("train --device=cuda:99", "device cuda:99 is not there"),
@@ -885,6 +910,7 @@ def test_a_mistake_and_too_little_memory_are_a_sentence_and_a_bug_keeps_its_trac
     ("train --compile --dtype=float32", "dtype must be bfloat16 with --compile"),
     ("train --resume", "out/kmeans/ckpt.pt is not there"),
     ("prepare_data --data=stdlib", "--help"), ("prepare_data --dataset=", "''"),
+    ("prepare_data --dataset=nowhere", "'nowhere'"),
     ("prepare_data --tokenizer=gpt5", "TIKTOKEN_CACHE_DIR"),
     ("prepare_data --val_fraction=nan", "not nan"), ("prepare_data --glob=*.md", "not a folder"),
     ("prepare_data --name=../x", "another --name"),
@@ -938,7 +964,9 @@ def test_a_folder_that_holds_a_run_or_is_in_use_by_one_is_refused(workdir):
 
 @pytest.mark.parametrize("damage, words", [
     (lambda state: state["model"].pop("norm.weight"), "norm.weight"),
-    (lambda state: state.pop("rng"), "KeyError: 'rng'"), (None, "is damaged")])
+    (lambda state: state.pop("code"), "KeyError: 'code'"),
+    (lambda state: state.pop("rng"), "KeyError: 'rng'"),
+    (lambda state: state.clear(), "KeyError"), (None, "is damaged")])
 def test_a_damaged_or_foreign_checkpoint_gets_one_sentence_that_names_it(damage, words, workdir):
     run_train("--out_dir=out/a", "--max_iters=3")
     if damage:

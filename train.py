@@ -17,7 +17,6 @@ import os
 import re
 import shlex
 import signal
-import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 from model import (
     INCIDENTAL, Config, SMoETransformer, code_of, config_of, load_balance, load_checkpoint,
-    perplexity, probe, router_similarity, watch)
+    perplexity, probe, read_checkpoint, router_similarity, watch)
 from prepare_data import (
     Parser, cli, eval_batches, free_path, get_batch, get_tokenizer, lock, open_dataset, prepare,
     printable, replacing)
@@ -114,9 +113,9 @@ PRESETS = {
 }
 
 
-def parse_args(argv: list[str]) -> TrainConfig:
-    """Flags override the preset or, with --resume, the settings in the checkpoint. Raises
-    ValueError."""
+def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
+    """Flags -> settings and, with --resume, the hashes of the data that the run was trained on,
+    else None. Flags override the preset, or the settings in the checkpoint. Raises ValueError."""
     comments = {}  # --help shows the comment beside each field
     for cls in (Config, TrainConfig):
         source = inspect.getsource(cls).replace("%", "%%")  # argparse formats what it shows
@@ -134,23 +133,22 @@ def parse_args(argv: list[str]) -> TrainConfig:
     if named.config not in PRESETS:
         raise ValueError(f"config must be one of {', '.join(PRESETS)}, not {named.config!r}.")
     parser.set_defaults(**PRESETS[named.config])
+    sha256 = None
     if named.resume:
         out_dir = os.path.expanduser(named.out_dir or f"out/{named.router}")
-        _, checkpoint = load_checkpoint(Path(out_dir, "ckpt.pt"))
+        checkpoint = read_checkpoint(Path(out_dir, "ckpt.pt"))
+        sha256 = checkpoint["sha256"]
         # settings that you have removed from the code since are left out
         parser.set_defaults(**{
             name: value for name, value in checkpoint["config"].items() if name in vars(named)}
             | {"out_dir": out_dir})
-    return TrainConfig(**vars(parser.parse_args(argv)))
+    return TrainConfig(**vars(parser.parse_args(argv))), sha256
 
 
-def check_resume(checkpoint: dict, data, c: TrainConfig) -> None:
-    """Raises ValueError if nothing is left to do, or if the data or a setting makes it another run.
-    Another max_iters (it stretches the cosine of the learning rate) and edited code are allowed:
-    begin() notes them."""
-    if checkpoint["sha256"] != data.meta["sha256"]:
-        raise ValueError(f"data/{c.dataset} is not the data that the run in {c.out_dir} was "
-                         "trained on: prepare that again, or start another run.")
+def check_resume(checkpoint: dict, c: TrainConfig) -> None:
+    """Raises ValueError if nothing is left to do, or if a setting has changed that makes it another
+    run. Another max_iters (it stretches the cosine of the learning rate) and edited code are
+    allowed: begin() notes them."""
     # a field that you have added to the code since was at its default
     old = {field.name: field.default for field in fields(c)} | checkpoint["config"]
     for name in sorted(vars(c).keys() - INCIDENTAL - {"max_iters"}):
@@ -335,9 +333,9 @@ def check_claim(file, out_dir: Path) -> None:
         say(f"{out_dir} was moved away: from here on the run is saved in a new one.")
 
 
-def open_data(c: TrainConfig, machine: Machine):
-    """-> the Dataset in data/<dataset>; stdlib and python, which every machine has, are prepared
-    here if they are missing."""
+def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
+    """-> the Dataset in data/<dataset>, of these hashes if a run is to go on; stdlib and python,
+    which every machine has, are prepared here if they are missing."""
     folder = Path("data", c.dataset)
     if c.dataset in ("stdlib", "python") and not folder.exists() and machine.master:
         try:
@@ -347,7 +345,7 @@ def open_data(c: TrainConfig, machine: Machine):
                 raise
     if machine.world_size > 1:
         dist.barrier()
-    return open_dataset(folder, c.block_size, c.vocab_size)
+    return open_dataset(folder, c.block_size, c.vocab_size, sha256)
 
 
 def save(out_dir: Path, meta: dict, model, optimizer, step: int) -> None:
@@ -464,7 +462,7 @@ def begin(c: TrainConfig, data, machine: Machine) -> tuple:
         return model, make_optimizer(model, c), 0, meta
     # read again: the folder is locked now, and its last run may have saved since parse_args
     model, checkpoint = load_checkpoint(Path(c.out_dir, "ckpt.pt"))
-    check_resume(checkpoint, data, c)
+    check_resume(checkpoint, c)
     optimizer = make_optimizer(model.to(machine.device), c)
     # a copy: its tensors would be mapped from the file, which Windows then lets none replace
     optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
@@ -613,11 +611,11 @@ def show_result(model, data, metrics: dict, machine: Machine, c: TrainConfig) ->
 
 
 def main(argv: list[str]) -> None:
-    c = parse_args(argv)
+    c, sha256 = parse_args(argv)
     if c.bench:
         return bench(c)
     machine = set_up(c)
-    data = open_data(c, machine)
+    data = open_data(c, machine, sha256)
     with claim(c) if machine.master else nullcontext() as file:
         if machine.world_size > 1:
             dist.barrier()  # no process reads a checkpoint before the folder is locked
