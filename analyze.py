@@ -37,8 +37,8 @@ from model import (
     INCIDENTAL, code_hash, code_of, expert_activations, expert_colors, load_balance,
     load_checkpoint, perplexity, probe, router_cosines, router_similarity, spearman, watch)
 from prepare_data import (
-    Parser, cli, eval_batches, free_path, get_tokenizer, mistake, open_corpus, open_dataset,
-    printable, read_text, replacing, visible)
+    Parser, cli, eval_batches, free_path, get_tokenizer, lock, mistake, open_corpus,
+    open_dataset, printable, read_text, replacing, visible)
 
 WIDTH = 70  # characters in a line of experts.png
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
@@ -97,7 +97,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
                 and (noted is None or abs(coupling.nanmean().item() - noted) < 0.001))
     code = {key: checkpoint[key] for key in ("code", "router_code")}
     shares = gradient_shares(model, *batches(1024)[0])                   # (n_layer)
-    if code != code_of(c.router):  # what an edit did to gradients, the two numbers do not show
+    if code != code_of(c.router):  # "repeated" cannot show whether an edit changed the gradients
         shares *= math.nan
     tokens, layers = observe_layers(
         model, tqdm(batches(n_tokens), folder.name, **BAR), evaluation["load"].to(device), shares)
@@ -110,8 +110,8 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         "val_sha256": checkpoint["sha256"]["val.bin"][:12]}
     about = {
         "router": c.router, "seed": config["seed"], "step": checkpoint["step"],
-        "settings": settings, "log": log, "perplexity": evaluation["perplexity"],
-        "val_tokens": evaluation["val_tokens"]}
+        "finished": checkpoint["finished"], "settings": settings, "log": log,
+        "perplexity": evaluation["perplexity"], "val_tokens": evaluation["val_tokens"]}
     try:
         encoding = get_tokenizer(checkpoint["tokenizer"])
         text_of = lambda token: printable(encoding, [token]) or f"<{token}>"
@@ -576,7 +576,8 @@ def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
         step, planned = runs[0]["step"], runs[0]["settings"].get("max_iters")
         cells = [name, runs[0]["router"],
                  ", ".join("–" if run["seed"] is None else str(run["seed"]) for run in runs),
-                 "–" if step is None else f"{step} of {planned}" if step < planned else str(step)]
+                 "–" if step is None else str(step) if runs[0].get("finished", True)
+                 else f"{step} of {planned}, unfinished"]
         for key, *more in COLUMNS.values():
             others = ", ".join(mean_and_spread(runs, k) for k in more)
             cells.append(mean_and_spread(runs, key) + (f" ({others})" if more else ""))
@@ -739,8 +740,11 @@ def draw_common_mode(fig, groups) -> None:
 
 
 def draw_alignment(fig, groups) -> None:
+    # of any two directions of that width
+    chance = {f"{group.mean('router_similarity_chance'):.3f}" for group in groups}
     draw_points(fig.subplots(), groups, "alignment_matched", "|cosine| of router direction and its "
-                "own expert (dotted: and another expert)", "alignment_mismatched")
+                f"own expert (dotted: and another expert; by chance {', '.join(sorted(chance))})",
+                "alignment_mismatched")
 
 
 def draw_training(fig, groups) -> None:
@@ -760,22 +764,21 @@ def draw_training(fig, groups) -> None:
     middle.set(ylabel="Std of the load / even load")
     right.set(ylabel="Spearman of score and activation")
     right.axhline(0, **CHANCE)
-    if OTHER_TEXT & differing(trained).keys():
-        left.set_title("of different texts: do not compare", fontsize=9)
     for ax in (left, middle):
         ax.set_yscale("log")
         plain_numbers(ax.yaxis)
+        if {"val_sha256", "block_size", "eval_tokens"} & differing(trained).keys():
+            ax.set_title("of different texts: do not compare", fontsize=9)
     add_legend(fig, left)
 
 
 def draw_experts(fig, groups) -> None:
-    panels = {}
-    for group in groups:
-        if group.runs[0]["text"]:
-            panels.setdefault(group.runs[0]["router"], group)
-    shown = list(panels.values())[:4]  # the first of each router
+    shown = [group for group in groups if group.runs[0]["text"]]
     if not shown:
         return
+    if len(shown) > 4:
+        warn(f"experts.png shows the first four of {len(shown)}, the rest by a call of their own.")
+    shown = shown[:4]
     grid = fig.add_gridspec(len(shown), 2, width_ratios=(65, 30))
     mono = dict(family="DejaVu Sans Mono", va="center_baseline")
     for i, group in enumerate(shown):
@@ -957,19 +960,20 @@ def main(argv: list[str]) -> None:
         raise ValueError("there is no run in out/; train one with python train.py.")
     path = Path(os.path.expanduser(args.out_dir), "metrics.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = free_path(path.parent, "metrics.part", ".json")
-    runs = collect(sources, args, part)
-    if not runs:
-        raise ValueError("no run is left to analyze.")
-    publish(part, path)
-    groups = group_runs(runs)
-    print_table(runs, groups)
-    try:
-        figures = draw_figures(groups, path.parent)
-    except ImportError:
-        figures = []
-        warn("matplotlib is missing: for the figures run pip install matplotlib, then python "
-             f"analyze.py {path}.")
+    with lock(path.parent):  # numbers and figures there are of one analysis
+        part = free_path(path.parent, "metrics.part", ".json")
+        runs = collect(sources, args, part)
+        if not runs:
+            raise ValueError("no run is left to analyze.")
+        publish(part, path)
+        groups = group_runs(runs)
+        print_table(runs, groups)
+        try:
+            figures = draw_figures(groups, path.parent)
+        except ImportError:
+            figures = []
+            warn("matplotlib is missing: for the figures run pip install matplotlib, then python "
+                 f"analyze.py {path}.")
     print(f"\nWrote {', '.join(map(str, [path, *figures]))}.")
 
 

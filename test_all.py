@@ -1368,7 +1368,7 @@ def test_text_lines_are_whole_lines_of_text_with_the_expert_of_each_token():
 
 # ---------------------------------------------------------------- groups and tables
 
-def a_run(perplexity=4.0, seed=1, step=6, tokens=64, val_tokens=128, **settings):
+def a_run(perplexity=4.0, seed=1, step=6, tokens=64, val_tokens=128, finished=True, **settings):
     """What metrics.json says of a run, as far as the tables need it."""
     settings = {"router": "aux", "seed": seed, "max_iters": 6, "top_k": 2, "z_loss_coef": 0.0,
                 "data_sha256": "a", "val_sha256": "a", "code": "a", "router_code": "a",
@@ -1376,7 +1376,7 @@ def a_run(perplexity=4.0, seed=1, step=6, tokens=64, val_tokens=128, **settings)
                 "gradient_accumulation_steps": 1, "eval_tokens": 64, "history": "none",
                 "out_dir": f"out/{seed}"} | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
-            "val_tokens": val_tokens, "tokens": tokens, "settings": settings}
+            "val_tokens": val_tokens, "tokens": tokens, "finished": finished, "settings": settings}
 
 
 def test_runs_of_one_name_that_differ_in_the_seed_alone_are_one_group_and_no_copy_joins_it():
@@ -1414,9 +1414,11 @@ def test_groups_look_different_in_colour_or_marker_however_many_there_are():
     assert groups[0].style["color"] == analyze.ROUTER_STYLES["aux"][0]
 
 
-def test_the_table_marks_a_run_short_of_its_steps():
-    table = analyze.markdown_table([("a", [a_run()]), ("b", [a_run(step=3)])])
-    assert [line.split(" | ")[3] for line in table.splitlines()[2:]] == ["6", "3 of 6"]
+def test_the_table_marks_a_run_short_of_its_steps_or_of_its_last_evaluation():
+    table = analyze.markdown_table([("a", [a_run()]), ("b", [a_run(step=3, finished=False)]),
+                                    ("c", [a_run(finished=False)])])
+    assert [line.split(" | ")[3] for line in table.splitlines()[2:]] == [
+        "6", "3 of 6, unfinished", "6 of 6, unfinished"]
 
 
 def test_of_a_value_that_one_seed_lacks_there_is_no_mean():
@@ -1604,6 +1606,7 @@ def test_the_figure_is_not_blank_and_is_drawn_again_from_metrics_json_alone(
     assert np.array_equal(image, read(again / name))
 
 
+@pytest.mark.filterwarnings("ignore:Data has no positive values")  # to draw on a log scale
 def test_a_single_expert_gives_null_where_there_is_nothing_to_compare(workplace, tmp_path):
     with inside(workplace):
         train.main([*RUN, "--router=aux", "--n_expert=1", "--top_k=1", f"--out_dir={tmp_path}"])
@@ -1982,7 +1985,14 @@ def test_an_analysis_keeps_the_numbers_of_the_last_one_and_none_of_its_figures_b
     assert "pip install matplotlib" in capsys.readouterr().err
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
     assert (tmp_path / "metrics.old-1.json").read_text() == "mine"
-    assert sorted(os.listdir(tmp_path)) == ["metrics.json", "metrics.old-1.json", "one.json"]
+    assert sorted(os.listdir(tmp_path)) == ["lock", "metrics.json", "metrics.old-1.json",
+                                            "one.json"]
+
+
+def test_two_analyses_cannot_write_into_one_folder_at_once(analysis, workplace):
+    with prepare_data.lock(analysis[1]):
+        assert "another process writes to out/analysis right now" in refusal(
+            analyze_in, workplace, "out/aux-1")
 
 
 def test_the_end_of_an_analysis_loses_no_run_that_was_measured(workplace, tmp_path, monkeypatch):

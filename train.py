@@ -156,7 +156,8 @@ def check_resume(checkpoint: dict, c: TrainConfig) -> None:
             raise ValueError(f"the run in {c.out_dir} was trained with {name} = {old[name]!r} and "
                              f"cannot go on with {getattr(c, name)!r}; start another one.")
     left = c.max_iters - checkpoint["step"]
-    if left < 0 or (left == 0 and checkpoint["finished"]):  # or finish() alone is left to do
+    # at left == 0 a run may still lack its last evaluation, finish()
+    if left < 0 or (left == 0 and checkpoint["finished"]):
         raise ValueError(f"the run in {c.out_dir} has done {checkpoint['step']} steps of "
                          f"{c.max_iters}; pass a larger --max_iters to go on.")
 
@@ -266,9 +267,9 @@ def mean(values: torch.Tensor) -> float | None:
 
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
     """-> (metrics: means over layers, for the log (README.md); evaluation, for the checkpoint: the
-    metrics and `load` (n_layer, E; tokens per expert) and `objective`). Loss and load are on
-    n_tokens validation tokens, the same for every seed and batch size, divided among the processes;
-    coupling and objective on 2,048, the same for each process."""
+    metrics, `load` (n_layer, E; tokens per expert) and `objective`, mean loss + aux_loss, of
+    probe() in model.py). Loss and load are on n_tokens validation tokens, the same for every seed
+    and batch size, divided among the processes; what probe() gives, on 2,048."""
     where = dict(block_size=c.block_size, device=machine.device)
     cuda = [machine.device.index] if machine.device.type == "cuda" else []
     sums = torch.zeros(2, dtype=torch.double, device=machine.device)     # of the loss, of tokens
