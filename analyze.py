@@ -6,9 +6,10 @@
     python analyze.py --hf=DIR                   # a mixture of experts that transformers can load
 
 Prints a Markdown table, writes metrics.json and the figures to out/analysis/ (if it is broken off,
-metrics.part1.json has what was measured). Three parts, from top to bottom: observe (a model -> what
+metrics.part1.json has what was measured). Three parts, from top to bottom: observe (a run -> what
 its layers do on validation tokens, the only part that knows what a run is), measure (pure functions
-of that), and, from metrics.json alone, group the runs, print the table, draw.
+of that), and, from metrics.json alone, group the runs, print the table, draw. Behind them, observe
+once more: a transformers model.
 
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k, H = d_expert (expert width).
 The metrics follow "Routers Learn the Geometry of Their Experts", arXiv 2605.12476, but for some of
@@ -154,158 +155,6 @@ def gradient_shares(model, idx: Tensor, targets: Tensor) -> Tensor:
     gradients = torch.autograd.grad(loss + aux_loss, logits, materialize_grads=True)
     return torch.stack([unrouted_gradient_share(gradient, routing.indices)
                         for gradient, routing in zip(gradients, routings)])
-
-
-# ---------------------------------------------------------------- observe: a transformers model
-
-class Mixture(NamedTuple):
-    """The parts of one SMoE layer of a transformers model; none of them is a copy."""
-    depth: int
-    experts: torch.nn.Module  # is called with hidden states (N, C), indices (N, K), gates (N, K)
-    directions: Tensor        # (E, C) the router's rows
-    bias: Tensor              # (E) of its logits
-    w_gate: Tensor            # (E, H, C)
-    b_gate: Tensor            # (E, H) of the pre-activations
-
-
-def find_mixtures(model) -> list[Mixture]:
-    """The SMoE layers of a transformers model, known by their shapes, not by the model's name: a
-    module with gate_up_proj (E, 2H, C) and down_proj (E, C, H), or both transposed, and beside it
-    a gate or router with a weight (E, C)."""
-    found = []
-    for name, experts in model.named_modules():
-        own = dict(experts.named_parameters(recurse=False))
-        if not {"gate_up_proj", "down_proj"} <= own.keys() or own["down_proj"].ndim != 3:
-            continue
-        gate_up = own["gate_up_proj"].detach()
-        E, P, Q = own["down_proj"].shape  # P = C and Q = H, or transposed P = H and Q = C
-        if gate_up.shape == (E, Q, 2 * P):
-            gate_up = gate_up.transpose(1, 2)                            # (E, 2H, C)
-        elif gate_up.shape != (E, 2 * Q, P):
-            continue
-        # its rows are first those of w_gate and then those of w_up, or both in turns (gpt_oss)
-        first_half, every_second = slice(gate_up.shape[1] // 2), slice(0, None, 2)
-        gate = first_half if getattr(experts, "is_concatenated", True) else every_second
-        b_gate_up = own.get("gate_up_proj_bias", gate_up.new_zeros(gate_up.shape[:2])).detach()
-        beside = dict(model.get_submodule(name.rpartition(".")[0]).named_parameters())
-        for key, weight in beside.items():  # many call their router "gate"
-            if weight.shape == (E, gate_up.shape[2]) and key.startswith(("gate.", "router.")):
-                bias = beside.get(key.removesuffix("weight") + "bias", weight.new_zeros(E))
-                depth = re.search(r"\d+", name)
-                found.append(Mixture(int(depth[0]) if depth else len(found), experts,
-                                     weight.detach(), bias.detach(), gate_up[:, gate],
-                                     b_gate_up[:, gate]))
-    return found
-
-
-def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
-    """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E). A layer
-    does not tell whether it uses softmax or sigmoid: it is the one that gives these gates, up to a
-    factor per token. Raises ValueError if neither does (mean error above a tenth of that of equal
-    gates), or if K = 1: up to a factor, any score gives a single gate."""
-    K = indices.shape[1]
-
-    def misfit(scores):  # (N, E) -> ()
-        expected = F.normalize(scores.gather(1, indices), p=1.0, dim=1)  # (N, K)
-        return (F.normalize(gates, p=1.0, dim=1) - expected).abs().mean()
-
-    scores = min(logits.softmax(-1), logits.sigmoid(), key=misfit)       # (N, E)
-    if K == 1 or misfit(scores) > 0.1 * misfit(torch.ones_like(scores)):
-        raise ValueError("how it routes is not known here: it has one expert a token, or gates "
-                         "that are no softmax or sigmoid of hidden states times router rows.")
-    return scores
-
-
-def load_hf(folder: Path, dtype: str) -> tuple:
-    """-> (model, tokenizer). Raises ValueError for what cannot be read or is not whole."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("it takes transformers to read it: pip install transformers.") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            raise ValueError("there is no vocabulary")  # transformers makes one up in its place
-        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True)
-        if loaded["missing_keys"]:  # transformers would draw them at random
-            raise ValueError(f"weights are missing, such as {min(loaded['missing_keys'])}")
-    except Exception as error:  # a damaged or foreign file can raise nearly anything
-        raise ValueError("it is no model and tokenizer that transformers can load ("
-                         f"{textwrap.shorten(f'{type(error).__name__}: {error}', 200)}).") from None
-    return model.eval(), tokenizer
-
-
-def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor:
-    """-> ids (B, T + 1): sequences of one length, evenly spaced in a text file (None: in the
-    validation documents of the data set stdlib); shorter than T where the text is short."""
-    if text:
-        corpus = "".join(read_text(os.path.expanduser(text)))
-    else:
-        corpus = "".join(piece for split, piece in open_corpus("stdlib") if split == "val")
-    T = min(T, n_tokens)
-    cuts = np.linspace(0, len(corpus), -(-n_tokens // T) + 1, dtype=int).tolist()
-    # truncation comes after all is encoded: 64 characters a token are more than enough
-    rows = [tokenizer(corpus[start:end][:64 * (T + 1)], truncation=True,
-                      max_length=T + 1)["input_ids"] for start, end in zip(cuts, cuts[1:])]
-    T = min(map(len, rows)) - 1
-    if T < 1:
-        raise ValueError(f"the text is too short for {n_tokens} tokens; name another --text.")
-    return torch.tensor([row[:T + 1] for row in rows])
-
-
-@torch.no_grad()
-def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype: str) -> Observed:
-    """The transformers model in `folder`, or of that name on the hub, on n_tokens tokens of a text.
-    Raises ValueError for what is no mixture of experts."""
-    model, tokenizer = load_hf(folder, dtype)
-    mixtures = find_mixtures(model.to(device))
-    if not mixtures:
-        raise ValueError("it has no mixture of experts as transformers 5 lays them out: a module "
-                         "with gate_up_proj (E, 2H, C) and down_proj (E, C, H), and beside it a "
-                         "gate or router with a weight (E, C).")
-    c = model.config.get_text_config()
-    longest = min(1024, getattr(c, "max_position_embeddings", None) or 1024)
-    ids = read_sequences(tokenizer, text, n_tokens, longest)             # (B, T + 1)
-    tokens = ids[:, :-1].flatten().to(device)                            # (N)
-    loss = 0.0
-    with watch([mixture.experts for mixture in mixtures]) as seen:
-        for sequence in tqdm(ids.to(device), folder.name, **BAR):        # (T + 1)
-            logits = model(sequence[None, :-1], use_cache=False).logits[0]  # (T, V)
-            loss += F.cross_entropy(logits.float(), sequence[1:], reduction="sum").item()
-    if not all(len(call) == 4 for calls in seen for call in calls):
-        raise ValueError("its experts are not called with hidden states, selection and gates: how "
-                         "it routes is not known here.")
-    if not math.isfinite(loss):
-        raise ValueError("its loss is not finite; try --dtype=float32.")
-    layers = []
-    for mixture, calls in zip(mixtures, seen):
-        *inputs, _ = zip(*calls)  # the last is what the experts gave
-        x, indices, gates = (torch.cat([part.flatten(0, -2) for part in parts])
-                             for parts in inputs)                        # (N, C), (N, K), (N, K)
-        logits = F.linear(x.float(), mixture.directions.float(), mixture.bias.float())  # (N, E)
-        scores = router_scores(logits, indices, gates.float())           # (N, E)
-        best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (N, K)
-        load = torch.bincount(indices.flatten(), minlength=scores.shape[1])  # (E)
-        layers.append(Layer(mixture.depth, mixture.directions, mixture.w_gate, None, mixture.b_gate,
-                            x, scores, indices.gather(1, best), load, None))
-
-    def text_of(token: int) -> str:  # alone, a sentencepiece token loses the space before it
-        raw = str(tokenizer.convert_ids_to_tokens(token))
-        text = raw.replace("▁", " ") if "▁" in raw else tokenizer.decode([token])
-        return visible(text) or f"<{token}>"
-
-    (E, H, C), K = mixtures[0].w_gate.shape, layers[0].indices.shape[1]
-    settings = {
-        "router": c.model_type, "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
-        "dtype": str(model.dtype).removeprefix("torch."), "n_embd": C, "n_expert": E, "top_k": K,
-        "d_expert": H, "block_size": ids.shape[1] - 1,
-        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12]}
-    about = {"router": c.model_type, "seed": None, "step": None, "settings": settings, "log": [],
-             "perplexity": perplexity(loss / len(tokens)), "val_tokens": len(tokens)}
-    return Observed(about, tokens, text_of, layers)
 
 
 # ---------------------------------------------------------------- measure: a layer -> its metrics
@@ -839,6 +688,158 @@ def draw_figures(groups: list[Group], out_dir: Path) -> list[Path]:
             fig.savefig(out_dir / name, dpi=150)
             paths.append(out_dir / name)
     return paths
+
+
+# ---------------------------------------------------------------- observe: a transformers model
+
+class Mixture(NamedTuple):
+    """The parts of one SMoE layer of a transformers model; none of them is a copy."""
+    depth: int
+    experts: torch.nn.Module  # is called with hidden states (N, C), indices (N, K), gates (N, K)
+    directions: Tensor        # (E, C) the router's rows
+    bias: Tensor              # (E) of its logits
+    w_gate: Tensor            # (E, H, C)
+    b_gate: Tensor            # (E, H) of the pre-activations
+
+
+def find_mixtures(model) -> list[Mixture]:
+    """The SMoE layers of a transformers model, known by their shapes, not by the model's name: a
+    module with gate_up_proj (E, 2H, C) and down_proj (E, C, H), or both transposed, and beside it
+    a gate or router with a weight (E, C)."""
+    found = []
+    for name, experts in model.named_modules():
+        own = dict(experts.named_parameters(recurse=False))
+        if not {"gate_up_proj", "down_proj"} <= own.keys() or own["down_proj"].ndim != 3:
+            continue
+        gate_up = own["gate_up_proj"].detach()
+        E, P, Q = own["down_proj"].shape  # P = C and Q = H, or transposed P = H and Q = C
+        if gate_up.shape == (E, Q, 2 * P):
+            gate_up = gate_up.transpose(1, 2)                            # (E, 2H, C)
+        elif gate_up.shape != (E, 2 * Q, P):
+            continue
+        # its rows are first those of w_gate and then those of w_up, or both in turns (gpt_oss)
+        first_half, every_second = slice(gate_up.shape[1] // 2), slice(0, None, 2)
+        gate = first_half if getattr(experts, "is_concatenated", True) else every_second
+        b_gate_up = own.get("gate_up_proj_bias", gate_up.new_zeros(gate_up.shape[:2])).detach()
+        beside = dict(model.get_submodule(name.rpartition(".")[0]).named_parameters())
+        for key, weight in beside.items():  # many call their router "gate"
+            if weight.shape == (E, gate_up.shape[2]) and key.startswith(("gate.", "router.")):
+                bias = beside.get(key.removesuffix("weight") + "bias", weight.new_zeros(E))
+                depth = re.search(r"\d+", name)
+                found.append(Mixture(int(depth[0]) if depth else len(found), experts,
+                                     weight.detach(), bias.detach(), gate_up[:, gate],
+                                     b_gate_up[:, gate]))
+    return found
+
+
+def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
+    """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E). A layer
+    does not tell whether it uses softmax or sigmoid: it is the one that gives these gates, up to a
+    factor per token. Raises ValueError if neither does (mean error above a tenth of that of equal
+    gates), or if K = 1: up to a factor, any score gives a single gate."""
+    K = indices.shape[1]
+
+    def misfit(scores):  # (N, E) -> ()
+        expected = F.normalize(scores.gather(1, indices), p=1.0, dim=1)  # (N, K)
+        return (F.normalize(gates, p=1.0, dim=1) - expected).abs().mean()
+
+    scores = min(logits.softmax(-1), logits.sigmoid(), key=misfit)       # (N, E)
+    if K == 1 or misfit(scores) > 0.1 * misfit(torch.ones_like(scores)):
+        raise ValueError("how it routes is not known here: it has one expert a token, or gates "
+                         "that are no softmax or sigmoid of hidden states times router rows.")
+    return scores
+
+
+def load_hf(folder: Path, dtype: str) -> tuple:
+    """-> (model, tokenizer). Raises ValueError for what cannot be read or is not whole."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("it takes transformers to read it: pip install transformers.") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise ValueError("there is no vocabulary")  # transformers makes one up in its place
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True)
+        if loaded["missing_keys"]:  # transformers would draw them at random
+            raise ValueError(f"weights are missing, such as {min(loaded['missing_keys'])}")
+    except Exception as error:  # a damaged or foreign file can raise nearly anything
+        raise ValueError("it is no model and tokenizer that transformers can load ("
+                         f"{textwrap.shorten(f'{type(error).__name__}: {error}', 200)}).") from None
+    return model.eval(), tokenizer
+
+
+def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor:
+    """-> ids (B, T + 1): sequences of one length, evenly spaced in a text file (None: in the
+    validation documents of the data set stdlib); shorter than T where the text is short."""
+    if text:
+        corpus = "".join(read_text(os.path.expanduser(text)))
+    else:
+        corpus = "".join(piece for split, piece in open_corpus("stdlib") if split == "val")
+    T = min(T, n_tokens)
+    cuts = np.linspace(0, len(corpus), -(-n_tokens // T) + 1, dtype=int).tolist()
+    # truncation comes after all is encoded: 64 characters a token are more than enough
+    rows = [tokenizer(corpus[start:end][:64 * (T + 1)], truncation=True,
+                      max_length=T + 1)["input_ids"] for start, end in zip(cuts, cuts[1:])]
+    T = min(map(len, rows)) - 1
+    if T < 1:
+        raise ValueError(f"the text is too short for {n_tokens} tokens; name another --text.")
+    return torch.tensor([row[:T + 1] for row in rows])
+
+
+@torch.no_grad()
+def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype: str) -> Observed:
+    """The transformers model in `folder`, or of that name on the hub, on n_tokens tokens of a text.
+    Raises ValueError for what is no mixture of experts."""
+    model, tokenizer = load_hf(folder, dtype)
+    mixtures = find_mixtures(model.to(device))
+    if not mixtures:
+        raise ValueError("it has no mixture of experts as transformers 5 lays them out: a module "
+                         "with gate_up_proj (E, 2H, C) and down_proj (E, C, H), and beside it a "
+                         "gate or router with a weight (E, C).")
+    c = model.config.get_text_config()
+    longest = min(1024, getattr(c, "max_position_embeddings", None) or 1024)
+    ids = read_sequences(tokenizer, text, n_tokens, longest)             # (B, T + 1)
+    tokens = ids[:, :-1].flatten().to(device)                            # (N)
+    loss = 0.0
+    with watch([mixture.experts for mixture in mixtures]) as seen:
+        for sequence in tqdm(ids.to(device), folder.name, **BAR):        # (T + 1)
+            logits = model(sequence[None, :-1], use_cache=False).logits[0]  # (T, V)
+            loss += F.cross_entropy(logits.float(), sequence[1:], reduction="sum").item()
+    if not all(len(call) == 4 for calls in seen for call in calls):
+        raise ValueError("its experts are not called with hidden states, selection and gates: how "
+                         "it routes is not known here.")
+    if not math.isfinite(loss):
+        raise ValueError("its loss is not finite; try --dtype=float32.")
+    layers = []
+    for mixture, calls in zip(mixtures, seen):
+        *inputs, _ = zip(*calls)  # the last is what the experts gave
+        x, indices, gates = (torch.cat([part.flatten(0, -2) for part in parts])
+                             for parts in inputs)                        # (N, C), (N, K), (N, K)
+        logits = F.linear(x.float(), mixture.directions.float(), mixture.bias.float())  # (N, E)
+        scores = router_scores(logits, indices, gates.float())           # (N, E)
+        best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (N, K)
+        load = torch.bincount(indices.flatten(), minlength=scores.shape[1])  # (E)
+        layers.append(Layer(mixture.depth, mixture.directions, mixture.w_gate, None, mixture.b_gate,
+                            x, scores, indices.gather(1, best), load, None))
+
+    def text_of(token: int) -> str:  # alone, a sentencepiece token loses the space before it
+        raw = str(tokenizer.convert_ids_to_tokens(token))
+        text = raw.replace("▁", " ") if "▁" in raw else tokenizer.decode([token])
+        return visible(text) or f"<{token}>"
+
+    (E, H, C), K = mixtures[0].w_gate.shape, layers[0].indices.shape[1]
+    settings = {
+        "router": c.model_type, "checkpoint": str(folder), "n_layer": c.num_hidden_layers,
+        "dtype": str(model.dtype).removeprefix("torch."), "n_embd": C, "n_expert": E, "top_k": K,
+        "d_expert": H, "block_size": ids.shape[1] - 1,
+        "val_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12]}
+    about = {"router": c.model_type, "seed": None, "step": None, "settings": settings, "log": [],
+             "perplexity": perplexity(loss / len(tokens)), "val_tokens": len(tokens)}
+    return Observed(about, tokens, text_of, layers)
 
 
 # ---------------------------------------------------------------- command line

@@ -300,155 +300,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     return metrics, metrics | {"load": loads, "objective": objective}
 
 
-# ---------------------------------------------------------------- the files of a run
-
-def claim(c: TrainConfig):
-    """-> a locked file: until it is closed, no other run can be in out_dir. Raises ValueError if
-    one is in it or, without --resume or --overwrite, has been in it."""
-    out_dir = Path(c.out_dir)
-    names = [name for name in ("ckpt.pt", "log.jsonl") if (out_dir / name).exists()]
-    if names and not (c.resume or c.overwrite):
-        go_on = "--resume to go on with it, " if "ckpt.pt" in names else ""
-        raise ValueError(f"{out_dir} already holds a run; pass {go_on}--overwrite to start anew, "
-                         "which renames that folder, or another --out_dir.")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    file = lock(out_dir)  # before the folder is renamed: a run may be in it
-    if names and c.overwrite:
-        old = free_path(out_dir.parent, f"{out_dir.name}.old")
-        out_dir.rename(old)  # the lock goes along
-        print(f"The run in {out_dir} is now in {old}.")
-        out_dir.mkdir()
-        file = lock(out_dir)
-    return file
-
-
-def check_claim(file, out_dir: Path) -> None:
-    """Before a run writes: makes out_dir anew if it was moved away, and raises OSError if another
-    run has begun there, with which this one would mix. `file`: the locked one of claim()."""
-    path = out_dir / "lock"
-    file.seek(0)
-    if path.exists() and path.read_text() != file.read():
-        raise OSError(f"another run has begun in {out_dir}; move that away.")
-    if not out_dir.is_dir():
-        out_dir.mkdir(parents=True)
-        say(f"{out_dir} was moved away: from here on the run is saved in a new one.")
-
-
-def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
-    """-> the Dataset in data/<dataset>, of these hashes if a run is to go on; stdlib and python,
-    which every machine has, are prepared here if they are missing."""
-    folder = Path("data", c.dataset)
-    if c.dataset in ("stdlib", "python") and not folder.exists() and machine.master:
-        try:
-            prepare(c.dataset)
-        except (ValueError, OSError):
-            if not folder.exists():  # else another run, started at the same time, was faster
-                raise
-    if machine.world_size > 1:
-        dist.barrier()
-    return open_dataset(folder, c.block_size, c.vocab_size, sha256)
-
-
-def save(out_dir: Path, meta: dict, model, optimizer, step: int) -> None:
-    """The checkpoint, all that --resume and analyze.py need, and the log that is in it."""
-    with replacing(out_dir / "ckpt.pt") as temporary:
-        torch.save(meta | dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                               step=step, rng=torch.get_rng_state()), temporary)
-    write_log(out_dir, meta["log"])
-
-
-def write_log(out_dir: Path, records: list[dict]) -> None:
-    """Writes log.jsonl anew: on a resume, steps after the checkpoint disappear."""
-    with replacing(out_dir / "log.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def check_finite(model, step: int, path: Path) -> None:
-    """Ends a run that has diverged before it saves anything. (The loss, computed before the update,
-    may be finite where the weights no longer are.)"""
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise ValueError(f"the weights are not finite at step {step}; the last good checkpoint, if "
-                         f"any, is {path}. Try a lower --learning_rate or a longer --warmup_iters.")
-
-
-# ---------------------------------------------------------------- speed
-
-PEAK_BF16 = {  # dense bf16 FLOP/s from the data sheets; the first that is part of the device's name
-    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
-    "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12,
-    "5090": 210e12, "MI300X": 1307e12,
-}
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The data-sheet bf16 FLOP/s of the device; None where there is no entry, or in float32."""
-    if dtype != torch.bfloat16 or device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16.items()
-                 if re.search(rf"{part}(?!\d)", name)), None)  # an A1000 is no A100
-
-
-def bench(c: TrainConfig) -> None:
-    """Trains on synthetic tokens and prints speed and memory, beside the limit: dense products of
-    the same FLOPs, timed in the same minute."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--bench measures one device; start it with python, not torchrun.")
-    device, dtype, autocast, _, _ = set_up(c)
-
-    def seconds(function):  # the median of calls for three seconds; Timer waits for a GPU
-        return Timer("function()", globals={"function": function},
-                     num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=3).median
-
-    model = make_model(c, device)
-    run = compiled(model) if c.compile else model
-    optimizer = make_optimizer(model, c)
-    size = (c.gradient_accumulation_steps, 2, c.batch_size, c.block_size)
-    batches = list(torch.randint(c.vocab_size, size, device=device))  # x and y (B, T) each
-    step = lambda: train_step(run, model.routers(), optimizer, batches, autocast, c)
-    start = time.perf_counter()
-    step().tolist()  # compiles; tolist() waits for a GPU
-    first = time.perf_counter() - start
-    t = seconds(step)
-    hardware, memory = f"CPU, {torch.get_num_threads()} threads", ""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name()
-        memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    dense = 2 * n**3 / seconds(lambda: a @ b)
-
-    tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
-    flops = tokens * model.flops_per_token() / t
-    peak = peak_flops(device, dtype)
-    n_total, n_active = model.num_params()
-    print(f"{hardware}, torch {torch.__version__}, {dtype}{', compiled' if c.compile else ''}")
-    print(f"{c.config}, {c.router}: {n_total / 1e6:.1f}M parameters, {n_active / 1e6:.1f}M active, "
-          f"{tokens:,} tokens a step")
-    print(f"{t * 1e3:.1f} ms a step ({first:.1f} s the first), {tokens / t:,.0f} tokens/s, "
-          f"{flops / 1e12:.3f} TFLOP/s, MFU {f'{flops / peak:.1%}' if peak else 'unknown'}")
-    print(f"{dense / flops:.2f} x the time of dense {n} x {n} products of the same FLOPs{memory}")
-
-
 # ---------------------------------------------------------------- a run
-
-@contextmanager
-def stop_requests():
-    """Yields a list that Ctrl-C and SIGTERM append to: stop after this step."""
-    signals = []
-
-    def note(number, frame):
-        signals.append(number)
-        with suppress(OSError):  # whoever read it may be gone; print is not safe in a handler
-            os.write(2, b"\nstopping after this step\n")
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
 
 def begin(c: TrainConfig, data, machine: Machine) -> tuple:
     """Starts a run, or goes on with the checkpoint in out_dir -> (model, optimizer, step, meta:
@@ -610,6 +462,156 @@ def show_result(model, data, metrics: dict, machine: Machine, c: TrainConfig) ->
           f"experts: {collapsed:.3f})")
     print(f"the run lies in {c.out_dir}; next: python analyze.py {shlex.quote(c.out_dir)}")
 
+
+@contextmanager
+def stop_requests():
+    """Yields a list that Ctrl-C and SIGTERM append to: stop after this step."""
+    signals = []
+
+    def note(number, frame):
+        signals.append(number)
+        with suppress(OSError):  # whoever read it may be gone; print is not safe in a handler
+            os.write(2, b"\nstopping after this step\n")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------- the files of a run
+
+def claim(c: TrainConfig):
+    """-> a locked file: until it is closed, no other run can be in out_dir. Raises ValueError if
+    one is in it or, without --resume or --overwrite, has been in it."""
+    out_dir = Path(c.out_dir)
+    names = [name for name in ("ckpt.pt", "log.jsonl") if (out_dir / name).exists()]
+    if names and not (c.resume or c.overwrite):
+        go_on = "--resume to go on with it, " if "ckpt.pt" in names else ""
+        raise ValueError(f"{out_dir} already holds a run; pass {go_on}--overwrite to start anew, "
+                         "which renames that folder, or another --out_dir.")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file = lock(out_dir)  # before the folder is renamed: a run may be in it
+    if names and c.overwrite:
+        old = free_path(out_dir.parent, f"{out_dir.name}.old")
+        out_dir.rename(old)  # the lock goes along
+        print(f"The run in {out_dir} is now in {old}.")
+        out_dir.mkdir()
+        file = lock(out_dir)
+    return file
+
+
+def check_claim(file, out_dir: Path) -> None:
+    """Before a run writes: makes out_dir anew if it was moved away, and raises OSError if another
+    run has begun there, with which this one would mix. `file`: the locked one of claim()."""
+    path = out_dir / "lock"
+    file.seek(0)
+    if path.exists() and path.read_text() != file.read():
+        raise OSError(f"another run has begun in {out_dir}; move that away.")
+    if not out_dir.is_dir():
+        out_dir.mkdir(parents=True)
+        say(f"{out_dir} was moved away: from here on the run is saved in a new one.")
+
+
+def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
+    """-> the Dataset in data/<dataset>, of these hashes if a run is to go on; stdlib and python,
+    which every machine has, are prepared here if they are missing."""
+    folder = Path("data", c.dataset)
+    if c.dataset in ("stdlib", "python") and not folder.exists() and machine.master:
+        try:
+            prepare(c.dataset)
+        except (ValueError, OSError):
+            if not folder.exists():  # else another run, started at the same time, was faster
+                raise
+    if machine.world_size > 1:
+        dist.barrier()
+    return open_dataset(folder, c.block_size, c.vocab_size, sha256)
+
+
+def save(out_dir: Path, meta: dict, model, optimizer, step: int) -> None:
+    """The checkpoint, all that --resume and analyze.py need, and the log that is in it."""
+    with replacing(out_dir / "ckpt.pt") as temporary:
+        torch.save(meta | dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                               step=step, rng=torch.get_rng_state()), temporary)
+    write_log(out_dir, meta["log"])
+
+
+def write_log(out_dir: Path, records: list[dict]) -> None:
+    """Writes log.jsonl anew: on a resume, steps after the checkpoint disappear."""
+    with replacing(out_dir / "log.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def check_finite(model, step: int, path: Path) -> None:
+    """Ends a run that has diverged before it saves anything. (The loss, computed before the update,
+    may be finite where the weights no longer are.)"""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(f"the weights are not finite at step {step}; the last good checkpoint, if "
+                         f"any, is {path}. Try a lower --learning_rate or a longer --warmup_iters.")
+
+
+# ---------------------------------------------------------------- speed
+
+PEAK_BF16 = {  # dense bf16 FLOP/s from the data sheets; the first that is part of the device's name
+    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
+    "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12,
+    "5090": 210e12, "MI300X": 1307e12,
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The data-sheet bf16 FLOP/s of the device; None where there is no entry, or in float32."""
+    if dtype != torch.bfloat16 or device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16.items()
+                 if re.search(rf"{part}(?!\d)", name)), None)  # an A1000 is no A100
+
+
+def bench(c: TrainConfig) -> None:
+    """Trains on synthetic tokens and prints speed and memory, beside the limit: dense products of
+    the same FLOPs, timed in the same minute."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--bench measures one device; start it with python, not torchrun.")
+    device, dtype, autocast, _, _ = set_up(c)
+
+    def seconds(function):  # the median of calls for three seconds; Timer waits for a GPU
+        return Timer("function()", globals={"function": function},
+                     num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=3).median
+
+    model = make_model(c, device)
+    run = compiled(model) if c.compile else model
+    optimizer = make_optimizer(model, c)
+    size = (c.gradient_accumulation_steps, 2, c.batch_size, c.block_size)
+    batches = list(torch.randint(c.vocab_size, size, device=device))  # x and y (B, T) each
+    step = lambda: train_step(run, model.routers(), optimizer, batches, autocast, c)
+    start = time.perf_counter()
+    step().tolist()  # compiles; tolist() waits for a GPU
+    first = time.perf_counter() - start
+    t = seconds(step)
+    hardware, memory = f"CPU, {torch.get_num_threads()} threads", ""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name()
+        memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    dense = 2 * n**3 / seconds(lambda: a @ b)
+
+    tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
+    flops = tokens * model.flops_per_token() / t
+    peak = peak_flops(device, dtype)
+    n_total, n_active = model.num_params()
+    print(f"{hardware}, torch {torch.__version__}, {dtype}{', compiled' if c.compile else ''}")
+    print(f"{c.config}, {c.router}: {n_total / 1e6:.1f}M parameters, {n_active / 1e6:.1f}M active, "
+          f"{tokens:,} tokens a step")
+    print(f"{t * 1e3:.1f} ms a step ({first:.1f} s the first), {tokens / t:,.0f} tokens/s, "
+          f"{flops / 1e12:.3f} TFLOP/s, MFU {f'{flops / peak:.1%}' if peak else 'unknown'}")
+    print(f"{dense / flops:.2f} x the time of dense {n} x {n} products of the same FLOPs{memory}")
+
+
+# ---------------------------------------------------------------- command line
 
 def main(argv: list[str]) -> None:
     c, sha256 = parse_args(argv)
