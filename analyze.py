@@ -423,10 +423,12 @@ def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
     lines = [("run", "router", "seed", "step", *COLUMNS), ("---",) * (4 + len(COLUMNS))]
     for name, runs in rows:
         step, planned = runs[0]["step"], runs[0]["settings"].get("max_iters")
+        # after its last step a run may lack its last evaluation; an --hf model has neither
+        finished = step == planned and runs[0].get("finished", True)
         cells = [name, runs[0]["router"],
                  ", ".join("–" if run["seed"] is None else str(run["seed"]) for run in runs),
-                 "–" if step is None else str(step) if runs[0].get("finished", True)
-                 else f"{step} of {planned}, unfinished"]
+                 "–" if step is None else
+                 str(step) if finished else f"{step} of {planned}, unfinished"]
         for key, *more in COLUMNS.values():
             others = ", ".join(mean_and_spread(runs, k) for k in more)
             cells.append(mean_and_spread(runs, key) + (f" ({others})" if more else ""))
@@ -613,10 +615,12 @@ def draw_training(fig, groups) -> None:
     middle.set(ylabel="Std of the load / even load")
     right.set(ylabel="Spearman of score and activation")
     right.axhline(0, **CHANCE)
+    # what the evaluations on the way are on
+    other_text = {"val_sha256", "block_size", "eval_tokens"} & differing(trained).keys()
     for ax in (left, middle):
         ax.set_yscale("log")
         plain_numbers(ax.yaxis)
-        if {"val_sha256", "block_size", "eval_tokens"} & differing(trained).keys():
+        if other_text:
             ax.set_title("of different texts: do not compare", fontsize=9)
     add_legend(fig, left)
 

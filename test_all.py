@@ -1415,7 +1415,7 @@ def test_groups_look_different_in_colour_or_marker_however_many_there_are():
 
 
 def test_the_table_marks_a_run_short_of_its_steps_or_of_its_last_evaluation():
-    table = analyze.markdown_table([("a", [a_run()]), ("b", [a_run(step=3, finished=False)]),
+    table = analyze.markdown_table([("a", [a_run()]), ("b", [a_run(step=3)]),
                                     ("c", [a_run(finished=False)])])
     assert [line.split(" | ")[3] for line in table.splitlines()[2:]] == [
         "6", "3 of 6, unfinished", "6 of 6, unfinished"]
@@ -1677,6 +1677,28 @@ def test_seeds_with_other_evaluation_steps_are_one_curve_at_those_that_they_shar
     for run, steps in zip(group.runs, ([0, 5, 10], [0, 7, 14])):
         run["log"] = [{"step": step} for step in steps]
     assert analyze.logged([group]) == []  # a single point is no curve
+
+
+@pytest.mark.parametrize("change, marked", [
+    ({"eval_tokens": 32}, True), ({"val_sha256": "b"}, True), ({"val_tokens": 64}, False)])
+def test_curves_of_perplexity_and_balance_on_different_texts_are_marked(change, marked):
+    groups = analyze.group_runs({"a": a_run(), "b": a_run(**change)})
+    for run in (group.runs[0] for group in groups):
+        run |= {"n_expert": 8, "log": [{"step": step} for step in (0, 5)]}
+    fig, axes = mock.MagicMock(), [mock.MagicMock() for _ in range(3)]
+    fig.subplots.return_value = axes
+    analyze.draw_training(fig, groups)
+    assert [ax.set_title.called for ax in axes] == [marked, marked, False]
+
+
+def test_the_text_of_four_groups_is_shown_and_a_sentence_says_that_there_are_more(capsys):
+    runs = {f"run{i}": a_run(top_k=i) | dict(
+        n_expert=2, depth=[0], middle_depth=0, text=[[["x", 0]]], favourite_tokens=[["x"], []])
+        for i in range(5)}
+    fig = mock.MagicMock()
+    analyze.draw_experts(fig, analyze.group_runs(runs))
+    assert fig.add_subplot.call_count == 4 + 1  # and the list of favourite tokens
+    assert "experts.png shows the first four of 5" in capsys.readouterr().err
 
 
 def test_runs_of_the_same_name_are_told_apart_and_the_home_folder_is_found(

@@ -267,9 +267,9 @@ def mean(values: torch.Tensor) -> float | None:
 
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
     """-> (metrics: means over layers, for the log (README.md); evaluation, for the checkpoint: the
-    metrics, `load` (n_layer, E; tokens per expert) and `objective`, mean loss + aux_loss, of
-    probe() in model.py). Loss and load are on n_tokens validation tokens, the same for every seed
-    and batch size, divided among the processes; what probe() gives, on 2,048."""
+    metrics, `load` (n_layer, E; tokens per expert) and `objective`). Loss and load are on
+    n_tokens validation tokens, the same for every seed and batch size, divided among the processes;
+    coupling_spearman and objective (mean loss + aux_loss) are of probe() in model.py, on 2,048."""
     where = dict(block_size=c.block_size, device=machine.device)
     cuda = [machine.device.index] if machine.device.type == "cuda" else []
     sums = torch.zeros(2, dtype=torch.double, device=machine.device)     # of the loss, of tokens
