@@ -80,7 +80,8 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
     config, evaluation = checkpoint["config"], checkpoint["evaluation"]
-    n_eval = checkpoint["log"][0]["val_tokens"]  # the last evaluation is on more: no curve has it
+    # the curves are of evaluations on equally many tokens; the last one, on more, would be a jump
+    n_eval = checkpoint["log"][0]["val_tokens"]
     log = [record for record in checkpoint["log"] if record.get("val_tokens") == n_eval]
     data = open_dataset(Path("data", config["dataset"]), c.block_size, c.vocab_size,
                         checkpoint["sha256"])
@@ -98,7 +99,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
                 and (noted is None or abs(coupling.nanmean().item() - noted) < 0.001))
     code = {key: checkpoint[key] for key in ("code", "router_code")}
     shares = gradient_shares(model, *batches(1024)[0])                   # (n_layer)
-    if code != code_of(c.router):  # "repeated" cannot show whether an edit changed the gradients
+    if code != code_of(c.router):  # after an edit an equal loss does not prove equal gradients
         shares *= math.nan
     tokens, layers = observe_layers(
         model, tqdm(batches(n_tokens), folder.name, **BAR), evaluation["load"].to(device), shares)
@@ -246,7 +247,8 @@ def layer_metrics(layer: Layer, tokens: Tensor) -> dict[str, Tensor]:
     matched, mismatched = alignment(directions, layer.w_gate)
     metrics = {
         "load_std": std, "max_violation": violation, "load_cv": E * std,
-        "load_cv_sampling": ((E - 1) / load.sum()).sqrt(),  # CV of load.sum() independent draws
+        # the CV of as many independent draws of an expert, each with probability 1 / E
+        "load_cv_sampling": ((E - 1) / load.sum()).sqrt(),
         "load_sorted": load.sort(descending=True).values / load.sum(),
         "router_similarity": similarity, "router_similarity_signed": signed,
         "router_similarity_chance": torch.tensor(math.sqrt(2 / (math.pi * C))),
@@ -341,7 +343,7 @@ OTHER_TEXT = {"val_sha256", "block_size", "validation tokens"}
 ROUTER_STYLES = {  # colour (Okabe-Ito), line, marker: each tells them apart, in grey too
     "aux": ("#E69F00", "--", "s"), "lossfree": ("#0072B2", "-", "o"),
     "kmeans": ("#009E73", "-.", "^"), "none": ("#000000", ":", "D")}
-OTHER_STYLES = (  # of further groups: each goes round by itself, and lcm(6, 4, 7) = 84 differ
+OTHER_STYLES = (  # of further groups; 6 colours, 4 lines and 7 markers in turns: 84 combinations
     ("#CC79A7", "#56B4E9", "#8C564B", "#9A8B00", "#D55E00", "#7F3C8D"), ("--", "-", "-.", ":"),
     ("v", "P", "*", "<", "X", ">", "p"))
 
@@ -738,9 +740,9 @@ def find_mixtures(model) -> list[Mixture]:
 
 def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
     """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E). A layer
-    does not tell whether it uses softmax or sigmoid: it is the one that gives these gates, up to a
-    factor per token. Raises ValueError if neither does (mean error above a tenth of that of equal
-    gates), or if K = 1: up to a factor, any score gives a single gate."""
+    does not tell whether it uses softmax or sigmoid, so both are tried: the right one gives these
+    gates, up to a factor per token. Raises ValueError if neither does (mean error above a tenth of
+    that of equal gates), or if K = 1: up to a factor, any score gives a single gate."""
     K = indices.shape[1]
 
     def misfit(scores):  # (N, E) -> ()

@@ -100,14 +100,15 @@ def experts_by_definition(x, indices, gates, w_gate, w_up, w_down) -> Tensor:
 
 
 def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Assignment t * K + k: token t goes to its k-th expert (both counted from 0). The fast
-    experts work on a table with a row for each assignment, sorted so that the rows of an
-    expert are one block. indices (N, K) -> order (N*K), inverse (N, K), ends (E) int32:
+    """The fast experts work on a table with a row for each of the N*K assignments of a token to an
+    expert, sorted so that the rows of an expert are one block. Assignment number t * K + k is that
+    of token t to its k-th expert (both from 0). indices (N, K) -> order (N*K), inverse (N, K),
+    ends (E) int32:
 
-        indices [[2, 0], [0, 1]]    E = 3; the assignments 0, 1, 2, 3 go to the experts 2, 0, 0, 1
-        order   [1, 2, 3, 0]        row -> assignment
+        indices [[2, 0], [0, 1]]    E = 3; the assignments 0, 1, 2, 3 are to the experts 2, 0, 0, 1
+        order   [1, 2, 3, 0]        row -> assignment: the rows are of the experts 0, 0, 1, 2
         inverse [[3, 0], [1, 2]]    (t, k) -> row
-        ends    [2, 3, 4]           expert -> where its block ends"""
+        ends    [2, 3, 4]           expert -> where its block of rows ends"""
     sorted_experts, order = indices.flatten().sort(stable=True)         # (N*K), (N*K)
     place = torch.arange(len(order), device=order.device)               # (N*K)
     # inverse[order[r]] = r
@@ -156,12 +157,12 @@ class Experts(torch.autograd.Function):
         h = silu * b                                                     # (N*K, H)
 
         dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
-        # forward: out = W_down (gate * h). At gate * h the gradient is W_down^T dy
-        dgh = grouped_mm(dys, w_down, offs=ends)                         # (N*K, H)
-        # d_i of the README: (W_down^T dy) . h = dy . (W_down h); autograd takes it on to the logits
-        # and, times x_t, to the router rows
-        dgates = (dgh * h).sum(1, dtype=torch.float32)[inverse]          # (N, K)
-        dh = gate * dgh                                                  # (N*K, H)
+        # forward: y = W_down u with u = gate * h, so the gradient at u is W_down^T dy
+        du = grouped_mm(dys, w_down, offs=ends)                          # (N*K, H)
+        # d_i of the README: du . h = dy . (W_down h). Autograd takes it on from the gates to the
+        # logits and, times x_t, to the router rows
+        dgates = (du * h).sum(1, dtype=torch.float32)[inverse]           # (N, K)
+        dh = gate * du                                                   # (N*K, H)
         da = torch.ops.aten.silu_backward(dh * b, a)                     # (N*K, H) dh b silu'(a)
         db = dh * silu                                                   # (N*K, H)
 
@@ -397,7 +398,7 @@ def probe(model: SMoETransformer, batches) -> tuple[Tensor, float]:
     tokens of router score and activation ||W_gate x||, mean over experts; and the objective: mean
     of loss + aux_loss. A checkpoint has both, and analyze.py computes them again, to see whether
     the code still does what it did. The model is in eval mode."""
-    torch.manual_seed(0)  # for what a router of your own draws
+    torch.manual_seed(0)  # a router of your own that draws random numbers draws the same again
     with watch(model.routers()) as seen:
         losses = [sum(model(idx, targets)[1:]).item() for idx, targets in batches]
     coupling = []
@@ -481,7 +482,7 @@ def source(name: str) -> bytes:
     return path.read_bytes() if name.isidentifier() and path.exists() else b""
 
 
-# read when they are imported: the files may be edited while a process runs
+# for code_hash; read now, as they are imported: a file may be edited while a process runs
 SOURCES = {name: source(name) for name in ("model", "routers", "prepare_data", "train", "analyze")}
 
 

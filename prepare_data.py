@@ -166,8 +166,8 @@ def read_single(path, val_fraction):
     left = int(sum(map(len, read_text(path))) * (1 - val_fraction))  # characters of train
     for text in read_text(path):
         cut = max(0, min(left, len(text)))
-        # move the cut behind a line end (cut - 1: it may be there already), but not to the end of
-        # the text: val needs some
+        # move the cut behind a line end, from cut - 1 on (it may be behind one already) up to the
+        # last character but one: val needs some
         if cut and (line_end := text.find("\n", cut - 1, -1)) >= 0:
             cut = line_end + 1
         yield "train", text[:cut]
@@ -399,7 +399,8 @@ def mistake(error):
         origin = origin.tb_next
     code = origin.tb_frame.f_code
     ours = Path(code.co_filename).resolve().parent == Path(__file__).resolve().parent
-    # a ValueError is a mistake if the last instruction was a `raise` of ours, not int("x"), say
+    # a `raise ValueError` of ours is a sentence for the user; one out of a call that we made, as
+    # int("x"), is a bug: the last bytecode tells them apart
     raised = code.co_code[origin.tb_lasti] == dis.opmap["RAISE_VARARGS"]
     if isinstance(error, OSError) or (isinstance(error, ValueError) and ours and raised):
         return " ".join(str(error).split())  # on one line

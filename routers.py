@@ -157,8 +157,8 @@ class LearnedRouter(Router):
         return logits, logits.sigmoid()
 
     def gate(self, chosen_logits: Tensor) -> Tensor:
-        # not scores / sum over S, the same numbers: there the gradient on the other logits, 0 on
-        # paper, would be 0 only up to rounding
+        # the same numbers as scores / sum over S, but from the chosen logits alone: a softmax over
+        # all E would leave rounding in the gradient on the others, which is 0
         if self.config.score_fn == "softmax":
             return chosen_logits.softmax(-1)  # (N, K)
         return F.normalize(chosen_logits.sigmoid(), p=1.0, dim=-1)
@@ -232,8 +232,8 @@ class KMeansRouter(Router):
         return self.centroids  # (E, C)
 
     def start(self) -> None:
-        """Random directions, as long as the RMSNorm outputs that they will average: sqrt(C). After
-        n steps ema_decay^n of this start is left."""
+        """Random directions of length sqrt(C), that of the RMSNorm outputs that they will average.
+        After n steps ema_decay^n of this start is left."""
         directions = F.normalize(torch.randn_like(self.centroids), dim=-1)  # (E, C)
         self.centroids.copy_(directions * self.config.n_embd ** 0.5)
 

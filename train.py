@@ -93,7 +93,7 @@ class TrainConfig(Config):
         self.check(not (self.resume and self.overwrite), "overwrite", "left out with --resume")
         for name in NOT_READ.get(self.router, ()):
             default = getattr(Config, name)
-            # --resume: a run may have the default of its day
+            # --resume: the run may have the default of older code
             self.check(self.resume or getattr(self, name) == default, name,
                        f"{default} under {self.router}, which does not read it")
         self.out_dir = os.path.expanduser(self.out_dir or f"out/{self.router}")
@@ -321,7 +321,7 @@ def begin(c: TrainConfig, data, machine: Machine) -> tuple:
     optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
     torch.set_rng_state(checkpoint["rng"])  # for a router that draws noise, and the sample
     # with other code or another max_iters it is no longer the run that it was: say so
-    before = checkpoint | {"max_iters": checkpoint["config"]["max_iters"]}
+    before = {name: checkpoint[name] for name in code} | checkpoint["config"]
     changes = [f"{name} was {before[name]} to step {checkpoint['step']}"
                for name, now in {"max_iters": c.max_iters, **code}.items() if now != before[name]]
     if machine.master and changes:
@@ -505,7 +505,8 @@ def claim(c: TrainConfig):
 
 def check_claim(file, out_dir: Path) -> None:
     """Before a run writes: makes out_dir anew if it was moved away, and raises OSError if another
-    run has begun there, with which this one would mix. `file`: the locked one of claim()."""
+    run has begun there, with which this one would mix. `file`: the locked one of claim(), which
+    moves along with its folder; each lock holds a word of its own."""
     path = out_dir / "lock"
     file.seek(0)
     if path.exists() and path.read_text() != file.read():
