@@ -5,11 +5,10 @@
     python analyze.py out/analysis/metrics.json  # draw again, from the numbers alone
     python analyze.py --hf=DIR                   # a mixture of experts that transformers can load
 
-Prints a Markdown table, writes metrics.json and the figures to out/analysis/ (if it is broken off,
-metrics.part1.json has what was measured). Three parts, from top to bottom: observe (a run -> what
-its layers do on validation tokens, the only part that knows what a run is), measure (pure functions
-of that), and, from metrics.json alone, group the runs, print the table, draw. Behind them, observe
-once more: a transformers model.
+Prints a Markdown table, writes metrics.json and the figures to out/analysis/. Three parts, from top
+to bottom: observe (a run -> what its layers do on validation tokens, the only part that knows what
+a run is), measure (pure functions of that), and, from metrics.json alone, group the runs, print the
+table, draw. Behind them, observe once more: a transformers model.
 
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k, H = d_expert (expert width).
 The metrics follow "Routers Learn the Geometry of Their Experts", arXiv 2605.12476, but for some of
@@ -38,8 +37,8 @@ from model import (
     INCIDENTAL, code_hash, code_of, expert_activations, expert_colors, load_balance,
     load_checkpoint, perplexity, probe, router_cosines, router_similarity, spearman, watch)
 from prepare_data import (
-    Parser, cli, eval_batches, free_path, get_tokenizer, lock, mistake, open_corpus,
-    open_dataset, printable, read_text, replacing, visible)
+    Parser, cli, eval_batches, free_path, get_tokenizer, mistake, open_corpus, open_dataset,
+    printable, read_text, visible)
 
 WIDTH = 70  # characters in a line of experts.png
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
@@ -112,7 +111,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         "val_sha256": checkpoint["sha256"]["val.bin"][:12]}
     about = {
         "router": c.router, "seed": config["seed"], "step": checkpoint["step"],
-        "finished": checkpoint["finished"], "settings": settings, "log": log,
+        "settings": settings, "log": log,
         "perplexity": evaluation["perplexity"], "val_tokens": evaluation["val_tokens"]}
     try:
         encoding = get_tokenizer(checkpoint["tokenizer"])
@@ -424,13 +423,11 @@ def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
     sample standard deviation."""
     lines = [("run", "router", "seed", "step", *COLUMNS), ("---",) * (4 + len(COLUMNS))]
     for name, runs in rows:
-        step, planned = runs[0]["step"], runs[0]["settings"].get("max_iters")
-        # after its last step a run may lack its last evaluation; an --hf model has neither
-        finished = step == planned and runs[0].get("finished", True)
+        step, planned = runs[0]["step"], runs[0]["settings"].get("max_iters")  # None with --hf
         cells = [name, runs[0]["router"],
                  ", ".join("–" if run["seed"] is None else str(run["seed"]) for run in runs),
                  "–" if step is None else
-                 str(step) if finished else f"{step} of {planned}, unfinished"]
+                 str(step) if step == planned else f"{step} of {planned}, unfinished"]
         for key, *more in COLUMNS.values():
             others = ", ".join(mean_and_spread(runs, k) for k in more)
             cells.append(mean_and_spread(runs, key) + (f" ({others})" if more else ""))
@@ -446,8 +443,6 @@ def differing_settings(groups: list[Group]) -> str:
     line = f"Settings that differ: {'; '.join(parts) or 'none but router or seed'}."
     if OTHER_TEXT & found.keys():
         line += " So perplexity and token information are of other text or windows: not comparable."
-    if "eval_tokens" in found:
-        line += " So training.png shows perplexity and balance on different texts."
     return line
 
 
@@ -572,16 +567,15 @@ def draw_similarity(fig, groups) -> None:
     fig.colorbar(image, ax=axes, label="cosine of two router directions", shrink=0.7)
 
 
-def logged(groups: list[Group]) -> list[Group]:
-    """Those that have two or more evaluations on their way, at steps that all seeds have."""
-    steps = lambda run: {record["step"] for record in run["log"]}
-    return [group for group in groups if len(set.intersection(*map(steps, group.runs))) > 1]
+def trained(groups: list[Group]) -> list[Group]:
+    """Those that have a log: all but --hf models."""
+    return [group for group in groups if group.runs[0]["log"]]
 
 
 def draw_common_mode(fig, groups) -> None:
-    if trained := logged(groups):
+    if runs := trained(groups):
         left, right = fig.subplots(1, 2)
-        for group in trained:
+        for group in runs:
             draw_curve(left, group, "router_similarity")
             left.axhline(group.mean("router_similarity_chance"), **CHANCE)
         left.set(ylabel="mean |cosine| of router directions\n(dotted: chance)", ylim=0)
@@ -601,15 +595,11 @@ def draw_alignment(fig, groups) -> None:
 
 
 def draw_training(fig, groups) -> None:
-    trained = logged(groups)
-    for group in groups:
-        if group.runs[0]["log"] and group not in trained:  # an --hf model has none
-            warn(f"training.png lacks {group.label}: no two evaluations on the way, at steps that "
-                 "all its seeds have.")
-    if not trained:
+    groups = trained(groups)
+    if not groups:
         return
     left, middle, right = fig.subplots(1, 3)
-    for group in trained:
+    for group in groups:
         draw_curve(left, group, "perplexity")
         draw_curve(middle, group, "load_std", factor=group.runs[0]["n_expert"])  # the load CV
         draw_curve(right, group, "coupling_spearman")
@@ -618,7 +608,7 @@ def draw_training(fig, groups) -> None:
     right.set(ylabel="Spearman of score and activation")
     right.axhline(0, **CHANCE)
     # what the evaluations on the way are on
-    other_text = {"val_sha256", "block_size", "eval_tokens"} & differing(trained).keys()
+    other_text = {"val_sha256", "block_size", "eval_tokens"} & differing(groups).keys()
     for ax in (left, middle):
         ax.set_yscale("log")
         plain_numbers(ax.yaxis)
@@ -907,39 +897,36 @@ def read_or_measure(source: Path, args: argparse.Namespace) -> dict[str, dict]:
     return {Path(os.path.abspath(folder)).name: measure(observed)}
 
 
-def collect(sources: list[Path], args: argparse.Namespace, part: Path) -> dict[str, dict]:
-    """-> {name: metrics} of all sources, in the file `part` as they come: Ctrl-C loses none. What
-    cannot be read or measured is left out with a sentence, or with its traceback if that is due to
-    a bug, perhaps in a router of yours."""
-    found, runs = [], {}  # found: [(name, the same with its folder in front, metrics)]
+def collect(sources: list[Path], args: argparse.Namespace) -> dict[str, dict]:
+    """-> {name: metrics} of all sources, or, on Ctrl-C, of those so far. What cannot be read or
+    measured is left out with a sentence, or with its traceback if that is due to a bug, perhaps in
+    a router of yours."""
+    runs = {}
     for source in sources:
         try:
             measured = read_or_measure(source, args)
+            if twice := measured.keys() & runs.keys():
+                raise ValueError(f"there is another run called {min(twice)}; rename one.")
+            runs |= measured
+        except KeyboardInterrupt:
+            warn(f"interrupted: {source} and what follows it is left out.")
+            break
         except Exception as error:
             warn(f"{source} is left out: {mistake(error) or traceback.format_exc()}")
-            continue
-        for name, metrics in measured.items():
-            place = source.parent if source.name == name else source
-            found.append((name, f"{place}/{name}", metrics))
-        # if a name is there twice, all get their folder: else one folder's seeds would be mixed
-        # with the other's
-        unique = len({name for name, _, _ in found}) == len(found)
-        runs = {name if unique else longer: metrics for name, longer, metrics in found}
-        with replacing(part) as temporary:
-            temporary.write_text(json.dumps(runs) + "\n")
     return runs
 
 
-def publish(part: Path, path: Path) -> None:
-    """The file `part` becomes metrics.json; the earlier one is kept: it may hold hours of
-    measuring."""
-    if path.exists() and path.read_text() != part.read_text():
+def write_metrics(runs: dict[str, dict], path: Path) -> None:
+    """In place of the figures and the metrics.json of earlier runs; that, which may hold hours of
+    measuring, is kept."""
+    text = json.dumps(runs) + "\n"
+    if path.exists() and path.read_text() != text:
         kept = free_path(path.parent, "metrics.old-", ".json")
         path.rename(kept)
         warn(f"The earlier metrics.json is kept as {kept}.")
-    for name in FIGURES:  # none may stay beside other numbers
+    for name in FIGURES:
         (path.parent / name).unlink(missing_ok=True)
-    part.replace(path)
+    path.write_text(text)
 
 
 def print_table(runs: dict[str, dict], groups: list[Group]) -> None:
@@ -967,20 +954,18 @@ def main(argv: list[str]) -> None:
         raise ValueError("there is no run in out/; train one with python train.py.")
     path = Path(os.path.expanduser(args.out_dir), "metrics.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(path.parent):  # numbers and figures there are of one analysis
-        part = free_path(path.parent, "metrics.part", ".json")
-        runs = collect(sources, args, part)
-        if not runs:
-            raise ValueError("no run is left to analyze.")
-        publish(part, path)
-        groups = group_runs(runs)
-        print_table(runs, groups)
-        try:
-            figures = draw_figures(groups, path.parent)
-        except ImportError:
-            figures = []
-            warn("matplotlib is missing: for the figures run pip install matplotlib, then python "
-                 f"analyze.py {path}.")
+    runs = collect(sources, args)
+    if not runs:
+        raise ValueError("no run is left to analyze.")
+    write_metrics(runs, path)
+    groups = group_runs(runs)
+    print_table(runs, groups)
+    try:
+        figures = draw_figures(groups, path.parent)
+    except ImportError:
+        figures = []
+        warn("matplotlib is missing: for the figures run pip install matplotlib, then python "
+             f"analyze.py {path}.")
     print(f"\nWrote {', '.join(map(str, [path, *figures]))}.")
 
 

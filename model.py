@@ -520,7 +520,7 @@ def read_checkpoint(path) -> dict:
         raise ValueError(f"{path} is not there; name the folder of a run that has saved one.")
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        for key in ("model", "optimizer", "step", "config", "log", "evaluation", "finished",
+        for key in ("model", "optimizer", "step", "config", "log", "evaluation",
                     "rng", "history", "sha256", "code", "router_code", "tokenizer"):
             checkpoint[key]  # KeyError if it is missing
     except Exception as error:  # a damaged file can raise nearly anything

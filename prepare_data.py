@@ -7,7 +7,6 @@
 writes data/<name>/train.bin and val.bin (token ids, little-endian) and meta.json (what they are).
 A corpus flows through in pieces, so memory does not grow with the length of the texts."""
 import argparse
-import dis
 import hashlib
 import json
 import os
@@ -22,7 +21,6 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
-from uuid import uuid4
 
 import numpy as np
 import tiktoken
@@ -246,10 +244,8 @@ def prepare(dataset="stdlib", tokenizer="bytes", val_fraction=0.05, name=None, g
                        f"{counts['train']:,} and {counts['val']:,} documents; left out: "
                        f"{counts['broken']:,} broken files and {counts['duplicate']:,} duplicates")
             if not (meta["n_train"] and meta["n_val"]):
-                advice = ("convert the broken ones to UTF-8" if counts["broken"] else
-                          f"pass a {'smaller' if meta['n_val'] else 'larger'} --val_fraction, or "
-                          "join the texts into one file")
-                raise ValueError(f"{dataset} makes no two splits, but {summary}; {advice}.")
+                raise ValueError(f"{dataset} makes no two splits, but {summary}; pass another "
+                                 "--val_fraction, or join the texts into one UTF-8 file.")
             folder.rename(target)  # fails if another process has made it meanwhile
     except OSError as error:
         raise OSError(f"{target} could not be made ({error}): make room on the disk, correct the "
@@ -397,12 +393,10 @@ def mistake(error):
     origin = error.__traceback__
     while origin.tb_next:
         origin = origin.tb_next
-    code = origin.tb_frame.f_code
-    ours = Path(code.co_filename).resolve().parent == Path(__file__).resolve().parent
-    # a `raise ValueError` of ours is a sentence for the user; one out of a call that we made, as
-    # int("x"), is a bug: the last bytecode tells them apart
-    raised = code.co_code[origin.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    if isinstance(error, OSError) or (isinstance(error, ValueError) and ours and raised):
+    folder = Path(origin.tb_frame.f_code.co_filename).resolve().parent
+    # a ValueError for the user is raised in our files, and ends in a full stop: int("x") has none
+    ours = folder == Path(__file__).resolve().parent and str(error).endswith(".")
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and ours):
         return " ".join(str(error).split())  # on one line
 
 
@@ -431,13 +425,13 @@ def free_path(folder, stem, suffix=""):
 
 
 def lock(folder):
-    """-> the locked file folder/lock, which holds a word of its own: while it is open, no other
-    process gets it. ValueError: one has it."""
+    """-> the locked file folder/lock: while it is open, no other process gets it. ValueError: one
+    has it."""
     try:
         import fcntl
     except ImportError:  # Windows, which would not let a folder with an open file be renamed
         return open(os.devnull)
-    file = open(folder / "lock", "a+")
+    file = open(folder / "lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
     except BlockingIOError:
@@ -445,9 +439,6 @@ def lock(folder):
                          "another --out_dir.") from None
     except OSError:
         pass  # some network disks have no such lock
-    file.truncate(0)
-    file.write(str(uuid4()))
-    file.flush()
     return file
 
 

@@ -155,9 +155,7 @@ def check_resume(checkpoint: dict, c: TrainConfig) -> None:
         if old[name] != getattr(c, name):
             raise ValueError(f"the run in {c.out_dir} was trained with {name} = {old[name]!r} and "
                              f"cannot go on with {getattr(c, name)!r}; start another one.")
-    left = c.max_iters - checkpoint["step"]
-    # at left == 0 a run may still lack its last evaluation, finish()
-    if left < 0 or (left == 0 and checkpoint["finished"]):
+    if checkpoint["step"] >= c.max_iters:
         raise ValueError(f"the run in {c.out_dir} has done {checkpoint['step']} steps of "
                          f"{c.max_iters}; pass a larger --max_iters to go on.")
 
@@ -308,7 +306,7 @@ def begin(c: TrainConfig, data, machine: Machine) -> tuple:
     code = code_of(c.router)
     config = asdict(c) | {"dtype": str(machine.dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
-    meta = dict(config=config, log=[], history=[], finished=False, sha256=data.meta["sha256"],
+    meta = dict(config=config, log=[], history=[], sha256=data.meta["sha256"],
                 tokenizer=data.meta["tokenizer"]["name"], **code)
     if not c.resume:
         model = make_model(c, machine.device)  # the same on every rank
@@ -390,54 +388,31 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
             bar.set_postfix(loss=f"{train_loss:.3f}")
             if evaluating:
                 # the model that is not compiled: evaluation is rare, and need not compile again
-                metrics, meta["evaluation"] = evaluate(raw_model, data, c.eval_tokens, machine, c)
+                n = c.final_eval_tokens if step == c.max_iters else c.eval_tokens
+                metrics, meta["evaluation"] = evaluate(raw_model, data, n, machine, c)
                 record |= metrics
             meta["log"].append(record)
 
             # save: at an evaluation a checkpoint and the whole log, else its new line
             if machine.master:
-                if evaluating:
-                    show(step, metrics)
                 try:
                     check_claim(file, out_dir)
                     if evaluating:
                         save(out_dir, meta, raw_model, optimizer, step)
+                        tqdm.write(f"step {step}, " + ", ".join(
+                            f"{key} {value:.4g}" for key, value in metrics.items()
+                            if isinstance(value, float)))
                     else:
                         with open(out_dir / "log.jsonl", "a") as log:
                             log.write(json.dumps(record) + "\n")
                 except OSError as error:  # a disk may be full, or a network away, for a while
-                    if stop:
+                    if stop or step == c.max_iters:
                         raise
                     if evaluating:
-                        say(f"Step {step} is not saved: {error} The next save tries again.")
+                        tqdm.write(f"Step {step} is not saved: {error} The next save tries again.")
             # anew: tokens_per_s is of training alone
             start, start_step = time.perf_counter(), step
     return step
-
-
-def finish(model, optimizer, meta: dict, data, file, machine: Machine, c: TrainConfig) -> None:
-    """The last evaluation, on more tokens, takes the place of that of the last step. All is saved
-    when it begins, so it may be interrupted, and --resume repeats it."""
-    metrics, meta["evaluation"] = evaluate(model, data, c.final_eval_tokens, machine, c)
-    meta["log"][-1] |= metrics
-    meta["finished"] = True
-    if machine.master:
-        check_claim(file, Path(c.out_dir))
-        save(Path(c.out_dir), meta, model, optimizer, c.max_iters)
-        show(c.max_iters, metrics)
-        show_result(model, data, metrics, machine, c)
-
-
-def show(step: int, metrics: dict) -> None:
-    """One line on an evaluation."""
-    numbers = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
-    say(f"step {step}, {', '.join(numbers)}")
-
-
-def say(line: str) -> None:
-    """Prints above the progress bar. Who reads it may be gone: no reason to end a training."""
-    with suppress(OSError):
-        tqdm.write(line)
 
 
 def show_result(model, data, metrics: dict, machine: Machine, c: TrainConfig) -> None:
@@ -504,16 +479,11 @@ def claim(c: TrainConfig):
 
 
 def check_claim(file, out_dir: Path) -> None:
-    """Before a run writes: makes out_dir anew if it was moved away, and raises OSError if another
-    run has begun there, with which this one would mix. `file`: the locked one of claim(), which
-    moves along with its folder; each lock holds a word of its own."""
+    """Before a run writes: raises OSError if its folder was moved away and another run has begun
+    in a new one of that name. `file`: the locked one of claim(), which moved along."""
     path = out_dir / "lock"
-    file.seek(0)
-    if path.exists() and path.read_text() != file.read():
+    if path.exists() and not os.path.samestat(path.stat(), os.fstat(file.fileno())):
         raise OSError(f"another run has begun in {out_dir}; move that away.")
-    if not out_dir.is_dir():
-        out_dir.mkdir(parents=True)
-        say(f"{out_dir} was moved away: from here on the run is saved in a new one.")
 
 
 def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
@@ -533,6 +503,7 @@ def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
 
 def save(out_dir: Path, meta: dict, model, optimizer, step: int) -> None:
     """The checkpoint, all that --resume and analyze.py need, and the log that is in it."""
+    out_dir.mkdir(parents=True, exist_ok=True)  # it may have been moved away
     with replacing(out_dir / "ckpt.pt") as temporary:
         torch.save(meta | dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
                                step=step, rng=torch.get_rng_state()), temporary)
@@ -625,8 +596,8 @@ def main(argv: list[str]) -> None:
             dist.barrier()  # no process reads a checkpoint before the folder is locked
         model, optimizer, step, meta = begin(c, data, machine)
         step = train(model, optimizer, step, meta, data, file, machine, c)
-        if step == c.max_iters:
-            finish(model, optimizer, meta, data, file, machine, c)
+        if machine.master and step == c.max_iters:
+            show_result(model, data, meta["log"][-1], machine, c)
         elif machine.master:
             print(f"stopped and saved at step {step}; go on with no other flags than "
                   f"--out_dir={shlex.quote(c.out_dir)} --resume")
