@@ -74,7 +74,7 @@ class Observed(NamedTuple):
 def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     """The run in `folder`, on n_tokens validation tokens (rounded up to whole sequences), in
     float32 and eval mode: nothing moves. Perplexity and load are those of the run's last evaluation
-    (that of a run that was stopped early is on fewer tokens). Raises ValueError for one that cannot
+    (after an early stop: on eval_tokens of them). Raises ValueError for one that cannot
     be measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
@@ -392,7 +392,7 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
     found = {}
     for name, run in runs.items():
         base = name.removesuffix(f"-{run['seed']}")
-        # base != name: a run called aux is no seed of aux-1
+        # base != name: a run called aux does not join aux-1 and aux-2
         key = base, base != name, json.dumps(experiment(run), sort_keys=True)
         found.setdefault(key, []).append(name)
     bases = [base for base, *_ in found]

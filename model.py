@@ -120,8 +120,8 @@ def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
 
 class Experts(torch.autograd.Function):
     """The definition without the loop, and with its backward pass written out, for two reasons: it
-    shows the coupling, and of the large activations it saves only x, a and b, where autograd would
-    keep more for the same gradients.
+    shows the coupling, and of the large activations it saves x, a and b alone, where autograd would
+    also save xs, silu(a), h and gate * h.
 
     Arguments and result are those of the definition; x and the weights share one dtype, gates are
     float32.
@@ -394,10 +394,10 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def probe(model: SMoETransformer, batches) -> tuple[Tensor, float]:
-    """batches of idx and targets (B, T) -> (n_layer) coupling_spearman: rank correlation over
-    tokens of router score and activation ||W_gate x||, mean over experts; and the objective: mean
-    of loss + aux_loss. A checkpoint has both, and analyze.py computes them again, to see whether
-    the code still does what it did. The model is in eval mode."""
+    """batches of idx and targets (B, T) -> two results: coupling_spearman of each layer (n_layer),
+    the rank correlation over tokens of router score and activation ||W_gate x||, mean over experts;
+    and the objective, the mean of loss + aux_loss. A checkpoint has both, and analyze.py computes
+    them again, to see whether the code still does what it did. The model is in eval mode."""
     torch.manual_seed(0)  # a router of your own that draws random numbers draws the same again
     with watch(model.routers()) as seen:
         losses = [sum(model(idx, targets)[1:]).item() for idx, targets in batches]
@@ -470,8 +470,8 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- the files of a run
 
-# settings that change a run's numbers by rounding at most: --resume may change them, and runs that
-# differ in nothing else count as the same experiment
+# settings that change no number but by rounding: --resume may change them, and runs that differ in
+# nothing else are one experiment
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_interval",
               "log_interval"}
 

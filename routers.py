@@ -8,9 +8,9 @@ n_expert experts. Every router here is the same four verbs in the same order:
     gate      how much does each of the K count? (sums to 1)       logits (N, K) -> (N, K)
     update    once after each optimizer step: move bias and centroids by what was counted
 
-The first three are called for every batch, with aux_loss, which is added to the training loss. Pass
-over the rest at first: count and statistics feed update, start draws first values. The logits are
-what gate starts from, the scores what select ranks: the same, or their softmax or sigmoid.
+The first three are called for every batch, and so is aux_loss, a term of the training loss. The
+rest can wait: count and statistics feed update, start draws first values. gate starts from the
+logits; select ranks the scores, which are the logits themselves, or their softmax or sigmoid.
 
 They differ in where the scores come from and in what keeps the load even:
 
@@ -179,9 +179,9 @@ class AuxLossRouter(LearnedRouter):
     all f_i are equal, the first term is aux_loss_coef and its gradient 0. Else, with softmax
     scores, its gradient at z_ti, token t and expert i, is
         aux_loss_coef * E / N * s_ti (f_i - sum over j of s_tj f_j),
-    so a logit falls if f_i is above the mean of all f_j, weighted by the scores of this token, and
-    rises if below. Every token sends that, along its x, to every row: it mixes into r_i tokens that
-    expert i never saw."""
+    so descent lowers a logit if f_i is above the mean of all f_j, each weighted by this token's
+    score s_tj, and raises it if below. Every token sends that, along its x, to every row: it mixes
+    into r_i tokens that expert i never saw."""
 
     def aux_loss(self, logits: Tensor, scores: Tensor, assigned: Tensor) -> Tensor:
         f = assigned.mean(0) / self.config.top_k                          # (E)

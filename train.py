@@ -113,9 +113,9 @@ PRESETS = {
 }
 
 
-def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
-    """Flags -> settings and, with --resume, the hashes of the data that the run was trained on,
-    else None. Flags override the preset, or the settings in the checkpoint. Raises ValueError."""
+def parse_args(argv: list[str]) -> TrainConfig:
+    """Flags -> settings. Flags override the preset or, with --resume, the settings in the
+    checkpoint. Raises ValueError."""
     comments = {}  # --help shows the comment beside each field
     for cls in (Config, TrainConfig):
         source = inspect.getsource(cls).replace("%", "%%")  # argparse formats what it shows
@@ -133,16 +133,12 @@ def parse_args(argv: list[str]) -> tuple[TrainConfig, dict | None]:
     if named.config not in PRESETS:
         raise ValueError(f"config must be one of {', '.join(PRESETS)}, not {named.config!r}.")
     parser.set_defaults(**PRESETS[named.config])
-    sha256 = None
     if named.resume:
         out_dir = os.path.expanduser(named.out_dir or f"out/{named.router}")
-        checkpoint = read_checkpoint(Path(out_dir, "ckpt.pt"))
-        sha256 = checkpoint["sha256"]
+        old = read_checkpoint(Path(out_dir, "ckpt.pt"))["config"] | {"out_dir": out_dir}
         # settings that you have removed from the code since are left out
-        parser.set_defaults(**{
-            name: value for name, value in checkpoint["config"].items() if name in vars(named)}
-            | {"out_dir": out_dir})
-    return TrainConfig(**vars(parser.parse_args(argv))), sha256
+        parser.set_defaults(**{name: old[name] for name in old if name in vars(named)})
+    return TrainConfig(**vars(parser.parse_args(argv)))
 
 
 def check_resume(checkpoint: dict, c: TrainConfig) -> None:
@@ -166,13 +162,8 @@ class Machine(NamedTuple):
     device: torch.device
     dtype: torch.dtype         # of the activations
     autocast: torch.autocast   # the context of every forward pass
-    rank: int                  # number of this process, from 0
+    rank: int                  # number of this process; 0 is the one that prints and writes
     world_size: int            # number of processes
-
-    @property
-    def master(self) -> bool:
-        """Is this the one process that prints and writes?"""
-        return self.rank == 0
 
 
 def set_up(c: TrainConfig) -> Machine:
@@ -199,8 +190,8 @@ def set_up(c: TrainConfig) -> Machine:
 
 
 def make_model(c: TrainConfig, device: torch.device) -> SMoETransformer:
-    """The weights depend on the seed and the settings of the model, not on device or rank. It gets
-    the fields of Config and no others, as load_checkpoint gives it."""
+    """The weights depend on the seed and the settings of the model, not on device or rank. It is
+    given a Config, as by load_checkpoint: no router can come to need a setting of train.py."""
     torch.manual_seed(c.seed)
     return SMoETransformer(config_of(vars(c))).to(device)
 
@@ -322,7 +313,7 @@ def begin(c: TrainConfig, data, machine: Machine) -> tuple:
     before = {name: checkpoint[name] for name in code} | checkpoint["config"]
     changes = [f"{name} was {before[name]} to step {checkpoint['step']}"
                for name, now in {"max_iters": c.max_iters, **code}.items() if now != before[name]]
-    if machine.master and changes:
+    if machine.rank == 0 and changes:
         print(f"This run changes on its way: {', '.join(changes)}.")
     meta |= {"log": checkpoint["log"], "history": checkpoint["history"] + changes}
     return model, optimizer, checkpoint["step"], meta
@@ -346,7 +337,7 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
         metrics, _ = evaluate(raw_model, data, c.eval_tokens, machine, c)
         meta["log"] = [{"step": 0} | dict.fromkeys(
             ("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu")) | metrics]
-    if machine.master:
+    if rank == 0:
         write_log(out_dir, meta["log"])
         counts = [f"{n / 1e6:.1f}M" for n in raw_model.num_params()]
         print(f"{c.router}: {counts[0]} parameters, {counts[1]} active a token, {world_size} x "
@@ -355,7 +346,7 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
     start, start_step = time.perf_counter(), step  # from here tokens_per_s is measured
     stop = False
     bar = tqdm(total=c.max_iters, initial=step, unit="step",
-               disable=None if machine.master else True)  # None: on a terminal only
+               disable=None if rank == 0 else True)  # None: on a terminal only
     with bar, stop_requests() as signals:
         while step < c.max_iters and not stop:
             # batch: a pure function of seed, step, micro-step and rank
@@ -394,7 +385,7 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
             meta["log"].append(record)
 
             # save: at an evaluation a checkpoint and the whole log, else its new line
-            if machine.master:
+            if rank == 0:
                 try:
                     check_claim(file, out_dir)
                     if evaluating:
@@ -486,11 +477,11 @@ def check_claim(file, out_dir: Path) -> None:
         raise OSError(f"another run has begun in {out_dir}; move that away.")
 
 
-def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
-    """-> the Dataset in data/<dataset>, of these hashes if a run is to go on; stdlib and python,
-    which every machine has, are prepared here if they are missing."""
+def open_data(c: TrainConfig, machine: Machine):
+    """-> the Dataset in data/<dataset>, with --resume the one that the run was trained on; stdlib
+    and python, which every machine has, are prepared here if they are missing."""
     folder = Path("data", c.dataset)
-    if c.dataset in ("stdlib", "python") and not folder.exists() and machine.master:
+    if c.dataset in ("stdlib", "python") and not folder.exists() and machine.rank == 0:
         try:
             prepare(c.dataset)
         except (ValueError, OSError):
@@ -498,6 +489,7 @@ def open_data(c: TrainConfig, machine: Machine, sha256: dict | None):
                 raise
     if machine.world_size > 1:
         dist.barrier()
+    sha256 = read_checkpoint(Path(c.out_dir, "ckpt.pt"))["sha256"] if c.resume else None
     return open_dataset(folder, c.block_size, c.vocab_size, sha256)
 
 
@@ -586,19 +578,19 @@ def bench(c: TrainConfig) -> None:
 # ---------------------------------------------------------------- command line
 
 def main(argv: list[str]) -> None:
-    c, sha256 = parse_args(argv)
+    c = parse_args(argv)
     if c.bench:
         return bench(c)
     machine = set_up(c)
-    data = open_data(c, machine, sha256)
-    with claim(c) if machine.master else nullcontext() as file:
+    data = open_data(c, machine)
+    with claim(c) if machine.rank == 0 else nullcontext() as file:
         if machine.world_size > 1:
             dist.barrier()  # no process reads a checkpoint before the folder is locked
         model, optimizer, step, meta = begin(c, data, machine)
         step = train(model, optimizer, step, meta, data, file, machine, c)
-        if machine.master and step == c.max_iters:
+        if machine.rank == 0 and step == c.max_iters:
             show_result(model, data, meta["log"][-1], machine, c)
-        elif machine.master:
+        elif machine.rank == 0:
             print(f"stopped and saved at step {step}; go on with no other flags than "
                   f"--out_dir={shlex.quote(c.out_dir)} --resume")
     if machine.world_size > 1:  # together: one that leaves early can take gloo's threads down
