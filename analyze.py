@@ -732,7 +732,7 @@ def router_scores(logits: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
     """logits (N, E), indices and gates (N, K) of the selected experts -> scores (N, E). A layer
     does not tell whether it uses softmax or sigmoid, so both are tried: the right one gives these
     gates, up to a factor per token. Raises ValueError if neither does (mean error above a tenth of
-    that of equal gates), or if K = 1: up to a factor, any score gives a single gate."""
+    that of equal gates), or if K = 1: a single gate, normalised, is 1 by any score."""
     K = indices.shape[1]
 
     def misfit(scores):  # (N, E) -> ()
@@ -777,7 +777,7 @@ def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor
         corpus = "".join(piece for split, piece in open_corpus("stdlib") if split == "val")
     T = min(T, n_tokens)
     cuts = np.linspace(0, len(corpus), -(-n_tokens // T) + 1, dtype=int).tolist()
-    # truncation comes after all is encoded: 64 characters a token are more than enough
+    # a tokenizer encodes all before it truncates, so cut first: 64 characters a token are enough
     rows = [tokenizer(corpus[start:end][:64 * (T + 1)], truncation=True,
                       max_length=T + 1)["input_ids"] for start, end in zip(cuts, cuts[1:])]
     T = min(map(len, rows)) - 1
@@ -917,8 +917,8 @@ def collect(sources: list[Path], args: argparse.Namespace) -> dict[str, dict]:
 
 
 def write_metrics(runs: dict[str, dict], path: Path) -> None:
-    """In place of the figures and the metrics.json of earlier runs; that, which may hold hours of
-    measuring, is kept."""
+    """Deletes earlier figures, and renames an earlier metrics.json that differs: it may hold hours
+    of measuring."""
     text = json.dumps(runs) + "\n"
     if path.exists() and path.read_text() != text:
         kept = free_path(path.parent, "metrics.old-", ".json")

@@ -190,8 +190,9 @@ def set_up(c: TrainConfig) -> Machine:
 
 
 def make_model(c: TrainConfig, device: torch.device) -> SMoETransformer:
-    """The weights depend on the seed and the settings of the model, not on device or rank. It is
-    given a Config, as by load_checkpoint: no router can come to need a setting of train.py."""
+    """The weights depend on the seed and the settings of the model, not on device or rank. The
+    model gets the fields of Config alone, as in load_checkpoint: a router that reads another
+    setting of train.py fails here, and not after the training."""
     torch.manual_seed(c.seed)
     return SMoETransformer(config_of(vars(c))).to(device)
 
@@ -306,7 +307,7 @@ def begin(c: TrainConfig, data, machine: Machine) -> tuple:
     model, checkpoint = load_checkpoint(Path(c.out_dir, "ckpt.pt"))
     check_resume(checkpoint, c)
     optimizer = make_optimizer(model.to(machine.device), c)
-    # a copy: its tensors would be mapped from the file, which Windows then lets none replace
+    # a copy: while its tensors are mapped from the file, Windows does not let it be replaced
     optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
     torch.set_rng_state(checkpoint["rng"])  # for a router that draws noise, and the sample
     # with other code or another max_iters it is no longer the run that it was: say so
