@@ -37,8 +37,8 @@ from model import (
     INCIDENTAL, code_hash, code_of, expert_activations, expert_colors, load_balance,
     load_checkpoint, perplexity, probe, router_cosines, router_similarity, spearman, watch)
 from prepare_data import (
-    Parser, cli, eval_batches, free_path, get_tokenizer, mistake, open_corpus, open_dataset,
-    printable, read_text, visible)
+    Parser, cli, eval_batches, free_path, get_tokenizer, lock, mistake, open_corpus, open_dataset,
+    printable, read_text, replacing, visible)
 
 WIDTH = 70  # characters in a line of experts.png
 BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
@@ -388,7 +388,7 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
 def group_runs(runs: dict[str, dict]) -> list[Group]:
     """The groups, in the order of their first runs. The label of one run is its name, that of
     several NAME or, where two groups have that NAME, like NAME-1,3. A run that the code as it is
-    now does not repeat is marked in every figure."""
+    now does not repeat, or that was stopped early, is marked in every figure."""
     found = {}
     for name, run in runs.items():
         base = name.removesuffix(f"-{run['seed']}")
@@ -401,10 +401,13 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
         seeds = ",".join(str(runs[name]["seed"]) for name in members)
         label = members[0] if len(members) == 1 else (
             base if bases.count(base) == 1 else f"{base}-{seeds}")
-        if runs[members[0]]["settings"].get("repeated", "yes") != "yes":
+        first = runs[members[0]]
+        if first["settings"].get("repeated", "yes") != "yes":
             label += " (not repeated)"
+        if first["step"] != first["settings"].get("max_iters"):
+            label += " (unfinished)"
         # the first group of a router has the fixed style
-        color, line, marker = styles.pop(runs[members[0]]["router"], None) or next(others)
+        color, line, marker = styles.pop(first["router"], None) or next(others)
         groups.append(Group(label, [runs[name] for name in members], dict(
             color=color, linestyle=line, marker=marker, markersize=4)))
     return groups
@@ -443,6 +446,8 @@ def differing_settings(groups: list[Group]) -> str:
     line = f"Settings that differ: {'; '.join(parts) or 'none but router or seed'}."
     if OTHER_TEXT & found.keys():
         line += " So perplexity and token information are of other text or windows: not comparable."
+    elif "tokens seen" in found:
+        line += " So token information, which needs many tokens, is not comparable."
     return line
 
 
@@ -920,13 +925,14 @@ def write_metrics(runs: dict[str, dict], path: Path) -> None:
     """Deletes earlier figures, and renames an earlier metrics.json that differs: it may hold hours
     of measuring."""
     text = json.dumps(runs) + "\n"
-    if path.exists() and path.read_text() != text:
-        kept = free_path(path.parent, "metrics.old-", ".json")
-        path.rename(kept)
-        warn(f"The earlier metrics.json is kept as {kept}.")
-    for name in FIGURES:
-        (path.parent / name).unlink(missing_ok=True)
-    path.write_text(text)
+    with replacing(path) as temporary:
+        temporary.write_text(text)  # first of all: the disk may be full
+        if path.exists() and path.read_text() != text:
+            kept = free_path(path.parent, "metrics.old-", ".json")
+            path.rename(kept)
+            warn(f"The earlier metrics.json is kept as {kept}.")
+        for name in FIGURES:
+            (path.parent / name).unlink(missing_ok=True)
 
 
 def print_table(runs: dict[str, dict], groups: list[Group]) -> None:
@@ -954,18 +960,19 @@ def main(argv: list[str]) -> None:
         raise ValueError("there is no run in out/; train one with python train.py.")
     path = Path(os.path.expanduser(args.out_dir), "metrics.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs = collect(sources, args)
-    if not runs:
-        raise ValueError("no run is left to analyze.")
-    write_metrics(runs, path)
-    groups = group_runs(runs)
-    print_table(runs, groups)
-    try:
-        figures = draw_figures(groups, path.parent)
-    except ImportError:
-        figures = []
-        warn("matplotlib is missing: for the figures run pip install matplotlib, then python "
-             f"analyze.py {path}.")
+    with lock(path.parent):  # numbers and figures there are of one analysis
+        runs = collect(sources, args)
+        if not runs:
+            raise ValueError("no run is left to analyze.")
+        groups = group_runs(runs)
+        print_table(runs, groups)
+        write_metrics(runs, path)
+        try:
+            figures = draw_figures(groups, path.parent)
+        except ImportError:
+            figures = []
+            warn("matplotlib is missing: for the figures run pip install matplotlib, then python "
+                 f"analyze.py {path}.")
     print(f"\nWrote {', '.join(map(str, [path, *figures]))}.")
 
 

@@ -595,6 +595,7 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
     monkeypatch.setattr(train, "learning_rate", interrupt)
     # Ctrl-C reaches the tee of `2>&1 | tee`, too: nobody reads what is said
     monkeypatch.setattr(os, "write", mock.Mock(side_effect=BrokenPipeError))
+    monkeypatch.setattr(train.tqdm, "write", mock.Mock(side_effect=BrokenPipeError))
     run_train(f"--router={router}", "--out_dir=out/a")
     os.write.assert_called_once_with(2, b"\nstopping after this step\n")
     assert capsys.readouterr().out.endswith(
@@ -657,8 +658,8 @@ def test_what_finds_no_room_for_a_while_is_written_at_the_next_evaluation(
     save = mock.Mock(side_effect=[full, mock.DEFAULT], wraps=torch.save)
     monkeypatch.setattr(torch, "save", save)
     run_train("--out_dir=out/a")
-    sentence = "Step 3 is not saved: out/a/ckpt.pt could not be written (no room on the disk?)"
-    assert sentence in capsys.readouterr().out
+    assert re.search(r"step 3, val_loss .*\nnot saved: out/a/ckpt.pt could not be written \(no room",
+                     capsys.readouterr().out)
     assert [r["step"] for r in read_log("out/a")] == [0, 1, 2, 3, 4, 5, 6] and save.call_count == 2
 
 
@@ -683,16 +684,20 @@ def test_a_run_whose_folder_is_moved_makes_it_anew_and_mixes_with_no_other(
             os.rename("out/a", "out/b")
         elif step == 7:
             assert checkpoint_of("out/a")["step"] == 6 and checkpoint_of("out/b")["step"] == 3
+            os.rename("out/a", "out/c")
+            os.mkdir("out/a")
             with prepare_data.lock(Path("out/a")):  # another run begins there
                 pass
         elif step == 10:
-            assert read_log("out/a")[-1]["step"] == checkpoint_of("out/a")["step"] == 6
-            os.remove("out/a/lock")  # it ends, and is tidied up
+            assert os.listdir("out/a") == ["lock"] and read_log("out/c")[-1]["step"] == 6
+            os.rename("out/a", "out/d")  # it has ended
+        elif step == 12:
+            assert "process writes to out/a" in refusal(prepare_data.lock, Path("out/a"))
         return train_step(*args)
 
     monkeypatch.setattr(train, "train_step", moved)
     resume("--max_iters=12")
-    unsaved = re.findall(r"Step (\d+) is not saved: another run has begun", capsys.readouterr().out)
+    unsaved = re.findall(r"step (\d+), .*\nnot saved: another run has begun", capsys.readouterr().out)
     assert unsaved == ["9"]
     assert checkpoint_of("out/a")["step"] == 12 and len(read_log("out/a")) == 13
 
@@ -1364,13 +1369,14 @@ def test_runs_of_one_name_that_differ_in_the_seed_alone_are_one_group_and_no_cop
 def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(change):
     groups = analyze.group_runs({"aux-1": a_run(), "aux-2": a_run(seed=2, **change)})
     (name, value), = change.items()
-    mark = " (not repeated)" * (name == "repeated")
+    mark = {"repeated": " (not repeated)", "step": " (unfinished)"}.get(name, "")
     assert [group.label for group in groups] == ["aux-1", "aux-2" + mark]  # not both `aux`
     line = analyze.differing_settings(groups)
     shown = {"step": "steps done", "tokens": "tokens seen",
              "val_tokens": "validation tokens"}.get(name, name)
     assert re.search(rf"{shown} .+ \(aux-1\), {value} \(aux-2{re.escape(mark)}\)", line)
-    assert ("not comparable" in line) == (name in ("val_sha256", "val_tokens"))
+    assert ("So perplexity and token" in line) == (name in ("val_sha256", "val_tokens"))
+    assert ("So token information, " in line) == (name == "tokens")
 
 
 def test_groups_look_different_in_colour_or_marker_however_many_there_are():
@@ -1390,10 +1396,10 @@ def test_of_a_value_that_one_seed_lacks_there_is_no_mean():
 
 
 def test_one_line_names_every_setting_in_which_the_runs_differ():
-    groups = analyze.group_runs({"a-1": a_run(), "b": a_run(top_k=4, max_iters=9), "a-2": a_run(
+    groups = analyze.group_runs({"a-1": a_run(), "b": a_run(top_k=4, z_loss_coef=0.1), "a-2": a_run(
         seed=2), "c": a_run(router="kmeans")})
     assert analyze.differing_settings(groups) == (
-        "Settings that differ: max_iters 6 (a, c), 9 (b); top_k 2 (a, c), 4 (b).")
+        "Settings that differ: top_k 2 (a, c), 4 (b); z_loss_coef 0.0 (a, c), 0.1 (b).")
     assert "none but router or seed" in analyze.differing_settings(groups[::2])
 
 
@@ -1969,7 +1975,24 @@ def test_an_analysis_keeps_the_numbers_of_the_last_one_and_none_of_its_figures_b
     assert "pip install matplotlib" in capsys.readouterr().err
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["aux-1"]
     assert (tmp_path / "metrics.old-1.json").read_text() == "mine"
-    assert sorted(os.listdir(tmp_path)) == ["metrics.json", "metrics.old-1.json", "one.json"]
+    assert sorted(os.listdir(tmp_path)) == ["lock", "metrics.json", "metrics.old-1.json",
+                                            "one.json"]
+
+
+def test_an_analysis_without_room_prints_its_table_and_leaves_the_last_one_as_it_was(
+        analysis, tmp_path, monkeypatch, capsys):
+    (tmp_path / "metrics.json").write_text("mine")
+    monkeypatch.setattr(Path, "write_text", mock.Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(OSError, match="metrics.json could not be written .No space left"):
+        analyze.main([str(analysis[1] / "metrics.json"), f"--out_dir={tmp_path}"])
+    assert "| kmeans-1 |" in capsys.readouterr().out
+    assert (tmp_path / "metrics.json").read_text() == "mine"
+
+
+def test_two_analyses_cannot_write_into_one_folder_at_once(analysis, workplace):
+    with prepare_data.lock(analysis[1]):
+        assert "another process writes to out/analysis right now" in refusal(
+            analyze_in, workplace, "out/aux-1")
 
 
 def test_ctrl_c_in_an_analysis_loses_no_run_that_was_measured(workplace, tmp_path, monkeypatch):

@@ -387,24 +387,30 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
 
             # save: at an evaluation a checkpoint and the whole log, else its new line
             if rank == 0:
+                problem = ""
                 try:
-                    check_claim(file, out_dir)
+                    file = keep_claim(file, out_dir)
                     if evaluating:
                         save(out_dir, meta, raw_model, optimizer, step)
-                        tqdm.write(f"step {step}, " + ", ".join(
-                            f"{key} {value:.4g}" for key, value in metrics.items()
-                            if isinstance(value, float)))
                     else:
                         with open(out_dir / "log.jsonl", "a") as log:
                             log.write(json.dumps(record) + "\n")
                 except OSError as error:  # a disk may be full, or a network away, for a while
                     if stop or step == c.max_iters:
                         raise
-                    if evaluating:
-                        tqdm.write(f"Step {step} is not saved: {error} The next save tries again.")
+                    problem = f"\nnot saved: {error} The next evaluation tries again."
+                if evaluating:
+                    show(step, metrics, problem)
             # anew: tokens_per_s is of training alone
             start, start_step = time.perf_counter(), step
     return step
+
+
+def show(step: int, metrics: dict, problem: str) -> None:
+    """One line on an evaluation. Who reads it may be gone: no reason to end a training."""
+    numbers = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
+    with suppress(OSError):
+        tqdm.write(f"step {step}, {', '.join(numbers)}{problem}")
 
 
 def show_result(model, data, metrics: dict, machine: Machine, c: TrainConfig) -> None:
@@ -470,12 +476,16 @@ def claim(c: TrainConfig):
     return file
 
 
-def check_claim(file, out_dir: Path) -> None:
-    """Before a run writes: raises OSError if its folder was moved away and another run has begun
-    in a new one of that name. `file`: the locked one of claim(), which moved along."""
+def keep_claim(file, out_dir: Path):
+    """Before a run writes: `file`, the locked one of claim() -> the same, or that of a new folder
+    if the old one was moved away. Raises OSError if another run has begun in a new one."""
     path = out_dir / "lock"
-    if path.exists() and not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-        raise OSError(f"another run has begun in {out_dir}; move that away.")
+    if not path.exists():
+        out_dir.mkdir(parents=True, exist_ok=True)
+        return lock(out_dir)
+    if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        raise OSError(f"another run has begun in {out_dir}; wait for its end, then move it away.")
+    return file
 
 
 def open_data(c: TrainConfig, machine: Machine):
@@ -496,7 +506,6 @@ def open_data(c: TrainConfig, machine: Machine):
 
 def save(out_dir: Path, meta: dict, model, optimizer, step: int) -> None:
     """The checkpoint, all that --resume and analyze.py need, and the log that is in it."""
-    out_dir.mkdir(parents=True, exist_ok=True)  # it may have been moved away
     with replacing(out_dir / "ckpt.pt") as temporary:
         torch.save(meta | dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
                                step=step, rng=torch.get_rng_state()), temporary)
