@@ -658,8 +658,8 @@ def test_what_finds_no_room_for_a_while_is_written_at_the_next_evaluation(
     save = mock.Mock(side_effect=[full, mock.DEFAULT], wraps=torch.save)
     monkeypatch.setattr(torch, "save", save)
     run_train("--out_dir=out/a")
-    assert re.search(r"step 3, val_loss .*\nnot saved: out/a/ckpt.pt could not be written \(no room",
-                     capsys.readouterr().out)
+    sentence = r"step 3, val_loss .*\nnot saved: out/a/ckpt.pt could not be written \(no room"
+    assert re.search(sentence, capsys.readouterr().out)
     assert [r["step"] for r in read_log("out/a")] == [0, 1, 2, 3, 4, 5, 6] and save.call_count == 2
 
 
@@ -697,8 +697,8 @@ def test_a_run_whose_folder_is_moved_makes_it_anew_and_mixes_with_no_other(
 
     monkeypatch.setattr(train, "train_step", moved)
     resume("--max_iters=12")
-    unsaved = re.findall(r"step (\d+), .*\nnot saved: another run has begun", capsys.readouterr().out)
-    assert unsaved == ["9"]
+    printed = capsys.readouterr().out
+    assert re.findall(r"step (\d+), .*\nnot saved: another run has begun", printed) == ["9"]
     assert checkpoint_of("out/a")["step"] == 12 and len(read_log("out/a")) == 13
 
 
@@ -1178,7 +1178,7 @@ def test_the_command_prepares_a_data_set_and_says_so_in_one_line(tmp_path, monke
 
 @pytest.mark.parametrize("texts, part", [
     ({"a": "x"}, "pass another --val_fraction"), ({"a": b"ok\n" * 50 + b"\xc3"}, "as UTF-8"),
-    ({"a": b"\xff", "b": b"\xfe"}, "2 broken files and 0 duplicates; pass another --val_fraction, or")])
+    ({"a": b"\xff", "b": b"\xfe"}, "2 broken files and 0 duplicates; pass another --val_fraction")])
 def test_texts_that_make_no_two_splits_are_refused(tmp_path, texts, part):
     assert part in refusal(prepared, tmp_path, texts)
     assert not os.listdir(tmp_path / "data")
