@@ -164,8 +164,8 @@ def read_single(path, val_fraction):
     left = int(sum(map(len, read_text(path))) * (1 - val_fraction))  # characters of train
     for text in read_text(path):
         cut = max(0, min(left, len(text)))
-        # move the cut behind a line end, from cut - 1 on (it may be behind one already) up to the
-        # last character but one: val needs some
+        # look for the next line end: from cut - 1, so that a cut behind one stays, and not at the
+        # last character, or val would be empty
         if cut and (line_end := text.find("\n", cut - 1, -1)) >= 0:
             cut = line_end + 1
         yield "train", text[:cut]
