@@ -68,7 +68,7 @@ class Router(nn.Module):
             return Routing(indices, gates, aux_loss, logits, scores)
 
     def start(self) -> None:
-        """Called once, when the router's matrices have been drawn from normal(0, 0.02): set others."""
+        """Called once, after its matrices were drawn from normal(0, 0.02): set other values."""
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, C) -> logits (N, E), scores (N, E)."""
