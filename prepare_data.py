@@ -21,6 +21,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
+from uuid import uuid4
 
 import numpy as np
 import tiktoken
@@ -425,13 +426,13 @@ def free_path(folder, stem, suffix=""):
 
 
 def lock(folder):
-    """-> the locked file folder/lock: while it is open, no other process gets it. ValueError: one
-    has it."""
+    """-> the locked file folder/lock, which holds a word of its own: while it is open, no other
+    process gets it. ValueError: one has it."""
     try:
         import fcntl
     except ImportError:  # Windows, which would not let a folder with an open file be renamed
         return open(os.devnull)
-    file = open(folder / "lock", "w")
+    file = open(folder / "lock", "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
     except BlockingIOError:
@@ -439,6 +440,9 @@ def lock(folder):
                          "another --out_dir.") from None
     except OSError:
         pass  # some network disks have no such lock
+    file.truncate(0)
+    file.write(str(uuid4()))
+    file.flush()
     return file
 
 

@@ -682,6 +682,10 @@ def test_a_run_whose_folder_is_moved_makes_it_anew_and_mixes_with_no_other(
         step = next(steps)
         if step == 4:
             os.rename("out/a", "out/b")
+        elif step == 6:  # to another disk and back: the same word in another inode
+            shutil.copytree("out/a", "out/e")
+            shutil.rmtree("out/a")
+            os.rename("out/e", "out/a")
         elif step == 7:
             assert checkpoint_of("out/a")["step"] == 6 and checkpoint_of("out/b")["step"] == 3
             os.rename("out/a", "out/c")

@@ -483,7 +483,8 @@ def keep_claim(file, out_dir: Path):
     if not path.exists():
         out_dir.mkdir(parents=True, exist_ok=True)
         return lock(out_dir)
-    if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+    file.seek(0)
+    if path.read_text() != file.read():  # not the inode: the folder may be back from another disk
         raise OSError(f"another run has begun in {out_dir}; wait for its end, then move it away.")
     return file
 
