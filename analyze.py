@@ -74,8 +74,8 @@ class Observed(NamedTuple):
 def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     """The run in `folder`, on n_tokens validation tokens (rounded up to whole sequences), in
     float32 and eval mode: nothing moves. Perplexity and load are those of the run's last evaluation
-    (after an early stop: on eval_tokens of them). Raises ValueError for one that cannot
-    be measured."""
+    (after an early stop: on eval_tokens of them). Raises ValueError for one that cannot be
+    measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
     config, evaluation = checkpoint["config"], checkpoint["evaluation"]
@@ -376,6 +376,11 @@ def experiment(run: dict) -> dict:
                    "tokens seen": run["tokens"]}
 
 
+def unfinished(run: dict) -> bool:
+    """Was it stopped before its last step? (An --hf model has no steps.)"""
+    return run["step"] != run["settings"].get("max_iters")
+
+
 def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
     """{setting: {value: labels of the groups that have it}} where it has several values."""
     found = {}
@@ -404,7 +409,7 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
         first = runs[members[0]]
         if first["settings"].get("repeated", "yes") != "yes":
             label += " (not repeated)"
-        if first["step"] != first["settings"].get("max_iters"):
+        if unfinished(first):
             label += " (unfinished)"
         # the first group of a router has the fixed style
         color, line, marker = styles.pop(first["router"], None) or next(others)
@@ -426,11 +431,11 @@ def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
     sample standard deviation."""
     lines = [("run", "router", "seed", "step", *COLUMNS), ("---",) * (4 + len(COLUMNS))]
     for name, runs in rows:
-        step, planned = runs[0]["step"], runs[0]["settings"].get("max_iters")  # None with --hf
+        step = runs[0]["step"]
         cells = [name, runs[0]["router"],
                  ", ".join("–" if run["seed"] is None else str(run["seed"]) for run in runs),
-                 "–" if step is None else
-                 str(step) if step == planned else f"{step} of {planned}, unfinished"]
+                 "–" if step is None else str(step) if not unfinished(runs[0]) else
+                 f"{step} of {runs[0]['settings']['max_iters']}, unfinished"]
         for key, *more in COLUMNS.values():
             others = ", ".join(mean_and_spread(runs, k) for k in more)
             cells.append(mean_and_spread(runs, key) + (f" ({others})" if more else ""))
@@ -578,9 +583,9 @@ def trained(groups: list[Group]) -> list[Group]:
 
 
 def draw_common_mode(fig, groups) -> None:
-    if runs := trained(groups):
+    if logged := trained(groups):
         left, right = fig.subplots(1, 2)
-        for group in runs:
+        for group in logged:
             draw_curve(left, group, "router_similarity")
             left.axhline(group.mean("router_similarity_chance"), **CHANCE)
         left.set(ylabel="mean |cosine| of router directions\n(dotted: chance)", ylim=0)
