@@ -23,7 +23,7 @@ import re
 import sys
 import textwrap
 import traceback
-from itertools import combinations, cycle
+from itertools import chain, combinations, cycle
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -382,11 +382,13 @@ def unfinished(run: dict) -> bool:
 
 
 def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
-    """{setting: {value: labels of the groups that have it}} where it has several values."""
-    found = {}
-    for group in groups:
-        for key, value in experiment(group.runs[0]).items():
-            found.setdefault(key, {}).setdefault(str(value), []).append(group.label)
+    """{setting: {value, or – for none: labels of the groups that have it}} where they differ."""
+    settings, found = [experiment(group.runs[0]) for group in groups], {}
+    for key in dict.fromkeys(chain(*settings)):
+        for group, own in zip(groups, settings):
+            if key in own or "max_iters" in own:  # an --hf model was not trained here
+                value = str(own.get(key, "–"))
+                found.setdefault(key, {}).setdefault(value, []).append(group.label)
     return {key: values for key, values in found.items() if len(values) > 1}
 
 
@@ -464,7 +466,8 @@ def paired_differences(groups: list[Group]) -> list[str]:
         percent = [100 * (x["perplexity"] / y["perplexity"] - 1)
                    for x in later.runs for y in earlier.runs if x["seed"] == y["seed"]]
         # how a run was measured has no part in its perplexity
-        different = differing([later, earlier]).keys() - {"repeated", "measured_by"}
+        different = differing([later, earlier]).keys() - {
+            "repeated", "measured_by", "tokens seen"}
         if "router" in different:  # a router of your own is a name and its code
             different -= {"router_code"}
         if len(percent) > 1 and len(different) <= 1 and not different & OTHER_TEXT:

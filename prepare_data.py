@@ -403,11 +403,13 @@ def mistake(error):
 
 @contextmanager
 def replacing(path):
-    """Yields the name of a file to write beside `path`, then puts it there: kill it when you like,
-    what lies at `path` is whole. OSError: that of a full disk does not name the file, this does."""
+    """Yields the name of a file to write beside `path`, then puts it there: whatever happens,
+    what lies at `path` is whole. OSError that names `path` (a full disk's own names no file)."""
     temporary = path.with_suffix(".tmp")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:  # after a power cut, too, its content is there
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as such a RuntimeError

@@ -674,7 +674,7 @@ def test_a_full_disk_leaves_the_last_file_and_no_half_of_a_new_one_and_is_no_oth
         assert path.read_text() == "good" and os.listdir(tmp_path) == ["ckpt.pt"]
 
 
-def test_a_run_whose_folder_is_moved_makes_it_anew_and_mixes_with_no_other(
+def test_a_run_whose_folder_is_moved_goes_on_in_another_and_mixes_with_no_other_run(
         workdir, monkeypatch, capsys):
     run_train("--out_dir=out/a", "--max_iters=3")
 
@@ -683,27 +683,28 @@ def test_a_run_whose_folder_is_moved_makes_it_anew_and_mixes_with_no_other(
         if step == 4:
             os.rename("out/a", "out/b")
         elif step == 6:  # to another disk and back: the same word in another inode
-            shutil.copytree("out/a", "out/e")
-            shutil.rmtree("out/a")
-            os.rename("out/e", "out/a")
+            shutil.copytree("out/a.moved1", "out/e")
+            shutil.rmtree("out/a.moved1")
+            os.rename("out/e", "out/a.moved1")
         elif step == 7:
-            assert checkpoint_of("out/a")["step"] == 6 and checkpoint_of("out/b")["step"] == 3
-            os.rename("out/a", "out/c")
-            os.mkdir("out/a")
-            with prepare_data.lock(Path("out/a")):  # another run begins there
+            assert checkpoint_of("out/b")["step"] == 3
+            os.rename("out/a.moved1", "out/c")
+            os.mkdir("out/a.moved1")
+            with prepare_data.lock(Path("out/a.moved1")):  # another run begins there
                 pass
-        elif step == 10:
-            assert os.listdir("out/a") == ["lock"] and read_log("out/c")[-1]["step"] == 6
-            os.rename("out/a", "out/d")  # it has ended
-        elif step == 12:
-            assert "process writes to out/a" in refusal(prepare_data.lock, Path("out/a"))
+        elif step == 9:
+            assert "another process writes" in refusal(
+                prepare_data.lock, Path("out/a.moved1.moved1"))
         return train_step(*args)
 
     monkeypatch.setattr(train, "train_step", moved)
-    resume("--max_iters=12")
+    resume("--max_iters=9")
     printed = capsys.readouterr().out
-    assert re.findall(r"step (\d+), .*\nnot saved: another run has begun", printed) == ["9"]
-    assert checkpoint_of("out/a")["step"] == 12 and len(read_log("out/a")) == 13
+    assert "out/a was moved away: this run goes on in out/a.moved1.\n" in printed
+    assert printed.endswith("next: python analyze.py out/a.moved1.moved1\n")
+    assert checkpoint_of("out/c")["step"] == 6 and os.listdir("out/a.moved1") == ["lock"]
+    assert checkpoint_of("out/a.moved1.moved1")["step"] == 9
+    assert len(read_log("out/a.moved1.moved1")) == 10 and not Path("out/a").exists()
 
 
 def test_a_weight_that_is_not_finite_stops_the_run_and_never_replaces_a_good_checkpoint(
@@ -1405,6 +1406,8 @@ def test_one_line_names_every_setting_in_which_the_runs_differ():
     assert analyze.differing_settings(groups) == (
         "Settings that differ: top_k 2 (a, c), 4 (b); z_loss_coef 0.0 (a, c), 0.1 (b).")
     assert "none but router or seed" in analyze.differing_settings(groups[::2])
+    del groups[0].runs[0]["settings"]["top_k"]  # it is of older code
+    assert "top_k – (a), 4 (b)" in analyze.differing_settings(groups[:2])
 
 
 def test_differences_in_perplexity_are_paired_by_seed():
@@ -1418,6 +1421,7 @@ def test_differences_in_perplexity_are_paired_by_seed():
 
 @pytest.mark.parametrize("change, compared", [
     ({"router": "mine", "router_code": "b"}, True), ({"router_code": "b", "top_k": 4}, False),
+    ({"top_k": 4, "tokens": 4096}, True),
     ({"router": "none", "top_k": 4}, False), ({"block_size": 32}, False)])  # another text
 def test_groups_that_differ_in_one_thing_are_compared_and_a_router_with_its_code_is_one(
         change, compared):

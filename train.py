@@ -93,7 +93,7 @@ class TrainConfig(Config):
         self.check(not (self.resume and self.overwrite), "overwrite", "left out with --resume")
         for name in NOT_READ.get(self.router, ()):
             default = getattr(Config, name)
-            # --resume: the run may have the default of older code
+            # with --resume it comes from the checkpoint, perhaps the default of older code
             self.check(self.resume or getattr(self, name) == default, name,
                        f"{default} under {self.router}, which does not read it")
         self.out_dir = os.path.expanduser(self.out_dir or f"out/{self.router}")
@@ -325,7 +325,6 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
     """From `step` to max_iters, or until somebody asks to stop -> the step that it came to.
     `file`: the locked one of claim()."""
     device, dtype, autocast, rank, world_size = machine
-    out_dir = Path(c.out_dir)
     model = compiled(raw_model) if c.compile else raw_model
     if world_size > 1:
         # broadcast_buffers=False: update_routers keeps them equal on all ranks.
@@ -339,7 +338,7 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
         meta["log"] = [{"step": 0} | dict.fromkeys(
             ("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu")) | metrics]
     if rank == 0:
-        write_log(out_dir, meta["log"])
+        write_log(Path(c.out_dir), meta["log"])
         counts = [f"{n / 1e6:.1f}M" for n in raw_model.num_params()]
         print(f"{c.router}: {counts[0]} parameters, {counts[1]} active a token, {world_size} x "
               f"{device} in {dtype}; {c.dataset}: {len(data.train):,} tokens, steps {step} to "
@@ -371,7 +370,7 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
             evaluating = stop or step == c.max_iters or step % c.eval_interval == 0
             if not (evaluating or step % c.log_interval == 0):
                 continue
-            check_finite(raw_model, step, out_dir / "ckpt.pt")  # this waits for the device
+            check_finite(raw_model, step, Path(c.out_dir, "ckpt.pt"))  # this waits for the device
             train_loss, aux_loss = (sum_over_processes(losses) / world_size).tolist()
             speed = (step - start_step) * tokens / (time.perf_counter() - start)
             flops = speed * raw_model.flops_per_token()
@@ -389,11 +388,11 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
             if rank == 0:
                 problem = ""
                 try:
-                    file = keep_claim(file, out_dir)
+                    file = keep_claim(file, c)
                     if evaluating:
-                        save(out_dir, meta, raw_model, optimizer, step)
+                        save(Path(c.out_dir), meta, raw_model, optimizer, step)
                     else:
-                        with open(out_dir / "log.jsonl", "a") as log:
+                        with open(Path(c.out_dir, "log.jsonl"), "a") as log:
                             log.write(json.dumps(record) + "\n")
                 except OSError as error:  # a disk may be full, or a network away, for a while
                     if stop or step == c.max_iters:
@@ -476,16 +475,24 @@ def claim(c: TrainConfig):
     return file
 
 
-def keep_claim(file, out_dir: Path):
-    """Before a run writes: `file`, the locked one of claim() -> the same, or that of a new folder
-    if the old one was moved away. Raises OSError if another run has begun in a new one."""
+def keep_claim(file, c: TrainConfig):
+    """Before a run writes: `file`, the locked one of claim() -> the same. Only if the run's folder
+    was moved away, and perhaps another run has begun in its place: that of a new folder, which is
+    out_dir from now on."""
+    if file.name == os.devnull:  # Windows
+        return file
+    out_dir = Path(c.out_dir)
     path = out_dir / "lock"
-    if not path.exists():
-        out_dir.mkdir(parents=True, exist_ok=True)
-        return lock(out_dir)
     file.seek(0)
-    if path.read_text() != file.read():  # not the inode: the folder may be back from another disk
-        raise OSError(f"another run has begun in {out_dir}; wait for its end, then move it away.")
+    # its word, not its inode: the folder may be back from another disk
+    if path.exists() and path.read_text() == file.read():
+        return file
+    new = free_path(out_dir.parent, f"{out_dir.name}.moved")
+    new.mkdir(parents=True)
+    file = lock(new)
+    c.out_dir = str(new)
+    with suppress(OSError):
+        tqdm.write(f"{out_dir} was moved away: this run goes on in {new}.")
     return file
 
 
