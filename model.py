@@ -121,7 +121,7 @@ def sort_by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
 class Experts(torch.autograd.Function):
     """The definition without the loop, and with its backward pass written out, for two reasons: it
     shows the coupling, and of the large activations it saves x, a and b alone, where autograd would
-    also save xs, silu(a), h and gate * h.
+    also save xs (a copy of x for each of the K experts), silu(a), h = silu(a) * b and gate * h.
 
     Arguments and result are those of the definition; x and the weights share one dtype, gates are
     float32.
@@ -132,7 +132,7 @@ class Experts(torch.autograd.Function):
         rows times weights:   A (N*K, P), B (E, P, Q):   out[rows] = A[rows] @ B[i]      (N*K, Q)
         weight gradients:     A (P, N*K), B (N*K, Q):    out[i] = A[:, rows] @ B[rows]   (E, P, Q)
 
-    The gate multiplies h = silu(a) * b (H wide) and not the expert's output (C wide): the same
+    The gate multiplies h (H wide) and not the expert's output (C wide): the same
     result, and less work where H < C, as by default."""
 
     @staticmethod
@@ -397,7 +397,7 @@ def probe(model: SMoETransformer, batches) -> tuple[Tensor, float]:
     """batches of idx and targets (B, T) -> two results: coupling_spearman of each layer (n_layer),
     the rank correlation over tokens of router score and activation ||W_gate x||, mean over experts;
     and the objective, the mean of loss + aux_loss. A checkpoint has both, and analyze.py computes
-    them again, to see whether the code still does what it did. The model is in eval mode."""
+    them again, to see whether the code still does what it did. Call it in eval mode."""
     torch.manual_seed(0)  # a router of your own that draws random numbers draws the same again
     with watch(model.routers()) as seen:
         losses = [sum(model(idx, targets)[1:]).item() for idx, targets in batches]

@@ -8,9 +8,9 @@ n_expert experts. Every router here is the same four verbs in the same order:
     gate      how much does each of the K count? (sums to 1)       logits (N, K) -> (N, K)
     update    once after each optimizer step: move bias and centroids by what was counted
 
-The first three are called for every batch, and so is aux_loss, a term of the training loss. The
-rest can wait: count and statistics feed update, start draws first values. gate starts from the
-logits; select ranks the scores, which are the logits themselves, or their softmax or sigmoid.
+The first three are called for every batch, and so is aux_loss, a term of the training loss. Beside
+them, count and statistics feed update, and start draws first values. gate starts from the logits;
+select ranks the scores, which are the logits themselves, or their softmax or sigmoid.
 
 They differ in where the scores come from and in what keeps the load even:
 
@@ -68,7 +68,8 @@ class Router(nn.Module):
             return Routing(indices, gates, aux_loss, logits, scores)
 
     def start(self) -> None:
-        """Called once, after its matrices were drawn from normal(0, 0.02): set other values."""
+        """Called once, after its parameters that are matrices were drawn from normal(0, 0.02):
+        set other values, or those of buffers."""
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, C) -> logits (N, E), scores (N, E)."""
