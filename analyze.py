@@ -72,10 +72,10 @@ class Observed(NamedTuple):
 
 
 def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
-    """The run in `folder`, on n_tokens validation tokens (rounded up to whole sequences), in
-    float32 and eval mode: nothing moves. Perplexity and load are those of the run's last evaluation
-    (after an early stop: on eval_tokens of them). Raises ValueError for one that cannot be
-    measured."""
+    """The run in `folder`, on n_tokens validation tokens (rounded up to whole sequences), its
+    layers in float32, in eval mode: nothing moves. Perplexity and load are those of the run's last
+    evaluation (after an early stop: on eval_tokens of them). Raises ValueError for one that cannot
+    be measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
     config, evaluation = checkpoint["config"], checkpoint["evaluation"]
@@ -92,7 +92,8 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     with torch.autocast(torch.device(device).type, torch.bfloat16,
                         enabled=config["dtype"] == "bfloat16"):  # as train.py does it
         coupling, objective = probe(model, batches(2048, size=1))
-    # does the code compute what it did? (Rounding, in bfloat16 too, moves less than this.)
+    # does the code, as it is now, compute what the run noted? (Rounding, in bfloat16 too, moves
+    # less than this.)
     noted = evaluation["coupling_spearman"]  # None: one expert
     repeated = (abs(objective - evaluation["objective"]) < 0.004
                 and (noted is None or abs(coupling.nanmean().item() - noted) < 0.001))
@@ -102,8 +103,8 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         shares *= math.nan
     tokens, layers = observe_layers(
         model, tqdm(batches(n_tokens), folder.name, **BAR), evaluation["load"].to(device), shares)
-    # runs are averaged over seeds only if all of this is equal. A field that is newer than the run
-    # has its default, as in the model
+    # runs are averaged over seeds only if this is equal, less what experiment() leaves out. A field
+    # that is newer than the run has its default, as in the model
     settings = vars(c) | config | code | {
         "repeated": "yes" if repeated else "no",
         "history": ", ".join(checkpoint["history"]) or "none",  # what a --resume has changed
@@ -382,11 +383,12 @@ def unfinished(run: dict) -> bool:
 
 
 def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
-    """{setting: {value, or – for none: labels of the groups that have it}} where they differ."""
+    """The settings in which groups differ, as {setting: {value: labels of the groups with it}}; in
+    the place of the value of one that a run does not have: "–"."""
     settings, found = [experiment(group.runs[0]) for group in groups], {}
     for key in dict.fromkeys(chain(*settings)):
         for group, own in zip(groups, settings):
-            if key in own or "max_iters" in own:  # an --hf model was not trained here
+            if key in own or "max_iters" in own:  # --hf models have no setting of a training
                 value = str(own.get(key, "–"))
                 found.setdefault(key, {}).setdefault(value, []).append(group.label)
     return {key: values for key, values in found.items() if len(values) > 1}
@@ -394,8 +396,8 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
 
 def group_runs(runs: dict[str, dict]) -> list[Group]:
     """The groups, in the order of their first runs. The label of one run is its name, that of
-    several NAME or, where two groups have that NAME, like NAME-1,3. A run that the code as it is
-    now does not repeat, or that was stopped early, is marked in every figure."""
+    several NAME or, where two groups have that NAME, like NAME-1,3. A run that the code which
+    measured it did not repeat, or that was stopped early, is marked in every figure."""
     found = {}
     for name, run in runs.items():
         base = name.removesuffix(f"-{run['seed']}")
@@ -504,16 +506,16 @@ def draw_curve(ax, group: Group, key: str, factor: float = 1) -> None:
     ax.locator_params("x", nbins=4)
 
 
-def draw_points(ax, groups: list[Group], key: str, label: str, chance: str) -> None:
+def draw_points(ax, groups: list[Group], key: str, label: str, dotted: str) -> None:
     """One row per group: its mean over seeds, with the number on the right, and a whisker from the
-    lowest seed to the highest. Dotted: the metric `chance`."""
+    lowest seed to the highest. `dotted`: a metric to compare with."""
     for y, group in enumerate(groups):
         values = group.values(key)                                       # (seeds)
         ax.plot([values.min(), values.max()], [y, y], color="0.55", linewidth=2)
         ax.plot(values.mean(), y, group.style["marker"], color=group.style["color"])
         ax.text(1.02, y, f"{values.mean():.3g}", va="center", fontsize=8,
                 transform=ax.get_yaxis_transform())
-        ax.plot([group.mean(chance)] * 2, [y - 0.5, y + 0.5], **CHANCE)
+        ax.plot([group.mean(dotted)] * 2, [y - 0.5, y + 0.5], **CHANCE)
     ax.locator_params("x", nbins=5)
     ax.set(xlabel=label, ylim=(len(groups) - 0.4, -0.6))
     ax.set_yticks(range(len(groups)), [group.label for group in groups], fontsize=9)
@@ -600,7 +602,7 @@ def draw_common_mode(fig, groups) -> None:
 
 
 def draw_alignment(fig, groups) -> None:
-    # of any two directions of that width
+    # the level by chance is that of router_similarity: |cosine| of any two directions of width C
     chance = {f"{group.mean('router_similarity_chance'):.3f}" for group in groups}
     draw_points(fig.subplots(), groups, "alignment_matched", "|cosine| of router direction and its "
                 f"own expert (dotted: and another expert; by chance {', '.join(sorted(chance))})",
@@ -620,7 +622,7 @@ def draw_training(fig, groups) -> None:
     middle.set(ylabel="Std of the load / even load")
     right.set(ylabel="Spearman of score and activation")
     right.axhline(0, **CHANCE)
-    # what the evaluations on the way are on
+    # are the evaluations before the last one on different texts?
     other_text = {"val_sha256", "block_size", "eval_tokens"} & differing(groups).keys()
     for ax in (left, middle):
         ax.set_yscale("log")

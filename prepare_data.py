@@ -127,7 +127,8 @@ def find_files(root, glob, skip=frozenset()):
 
 
 def read_text(path):
-    """Yields the text of a UTF-8 file, PIECE characters and the rest of their line at a time."""
+    """Yields the text of a UTF-8 file, at a time PIECE characters and the rest of their line (of
+    that PIECE characters at most)."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
             while text := file.read(PIECE) + file.readline(PIECE):
@@ -137,13 +138,13 @@ def read_text(path):
 
 
 def split_of(digest, val_fraction):
-    """Content alone decides: same document, same split, whatever else the corpus holds."""
+    """By content, not by place: same document, same split, whatever else the corpus holds."""
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
 
 
 def read_documents(paths, val_fraction):
-    """Yields the documents of several files, each for one split. A large file makes several, so
-    even a few fill both."""
+    """Yields the documents of several files. Each document goes to one split; a large file makes
+    several, and so can fill both."""
     seen = set()
     for path in paths:
         try:  # to read it all, so that a file with a broken part is left out whole
@@ -165,8 +166,8 @@ def read_single(path, val_fraction):
     left = int(sum(map(len, read_text(path))) * (1 - val_fraction))  # characters of train
     for text in read_text(path):
         cut = max(0, min(left, len(text)))
-        # look for the next line end: from cut - 1, so that a cut behind one stays, and not at the
-        # last character, or val would be empty
+        # look for the next line end, if this piece has one: from cut - 1 on, since a cut right
+        # behind a line end may stay, and not at the last character, since val must not be empty
         if cut and (line_end := text.find("\n", cut - 1, -1)) >= 0:
             cut = line_end + 1
         yield "train", text[:cut]
@@ -292,9 +293,9 @@ class Dataset(NamedTuple):
 
 
 def open_dataset(folder, block_size, vocab_size, sha256=None):
-    """-> Dataset. ValueError unless the files of `folder` are there, as long as meta.json says, fit
-    a model of this block_size and vocab_size and, of a run, are those that it was trained on: have
-    these hashes {file: SHA-256}."""
+    """-> Dataset. ValueError unless the files of `folder` are there, have the lengths that
+    meta.json says and fit a model of this block_size and vocab_size. sha256 {file: hash}: what a
+    run noted of its data; then meta.json must say the same."""
     folder = Path(folder)
     if not folder.exists():
         raise ValueError(f"{folder} is not there; prepare_data.py makes it (see its --help).")
@@ -428,8 +429,9 @@ def free_path(folder, stem, suffix=""):
 
 
 def lock(folder):
-    """-> the locked file folder/lock, which holds a word of its own: while it is open, no other
-    process gets it. ValueError: one has it."""
+    """-> the locked file folder/lock: while it is open, no other process gets it. A random word in
+    it tells a run its folder from one that another run has made since (train.keep_claim).
+    ValueError: another process has it."""
     try:
         import fcntl
     except ImportError:  # Windows, which would not let a folder with an open file be renamed
@@ -451,8 +453,8 @@ def lock(folder):
 def main(argv):
     parser = Parser(allow_abbrev=False, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="stdlib", metavar="NAME", help="a text file or folder "
-                        "(UTF-8; without the folders in it that are links), or "
+    parser.add_argument("--dataset", default="stdlib", metavar="NAME", help="a text file in UTF-8, "
+                        "a folder of them (links to folders in it are not followed), or "
                         f"{', '.join(DATASETS)} (default: %(default)s)")
     parser.add_argument("--tokenizer", default="bytes", metavar="NAME",
                         help="bytes, or a tiktoken encoding such as gpt2 (default: %(default)s)")
@@ -461,8 +463,9 @@ def main(argv):
     parser.add_argument("--name", help="folder in data/ (default: named after the data set)")
     parser.add_argument("--glob", help="which files of a folder, by name, for example '*.md'")
     parser.add_argument("--max_tokens", type=int, metavar="N",
-                        help="write the first N tokens alone, both files together; a folder is "
-                        "read in the order of its files' names (default: all)")
+                        help="end at N tokens, those of val.bin (of these the val_fraction) "
+                        "included; a folder is read in the order of its files' names (default: "
+                        "all)")
     prepare(**vars(parser.parse_args(argv)))
 
 

@@ -183,7 +183,7 @@ def set_up(c: TrainConfig) -> Machine:
                              f"{torch.cuda.device_count()} CUDA devices; pass --device=cpu.")
         torch.cuda.set_device(device)
     bfloat16 = c.dtype == "bfloat16" or c.dtype == "auto" and (device.type == "cuda" or c.compile)
-    if world_size > 1:  # nccl for gradients; gloo for Ctrl-C, which train() sums as a CPU tensor
+    if world_size > 1:  # nccl sums gradients, gloo what is on the CPU: see `stop` in train()
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Machine(device, torch.bfloat16 if bfloat16 else torch.float32,
                    torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), rank, world_size)
@@ -256,10 +256,11 @@ def mean(values: torch.Tensor) -> float | None:
 
 
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
-    """-> (metrics: means over layers, for the log (README.md); evaluation, for the checkpoint: the
-    metrics, `load` (n_layer, E; tokens per expert) and `objective`). Loss and load are on
-    n_tokens validation tokens, the same for every seed and batch size, divided among the processes;
-    coupling_spearman and objective (mean loss + aux_loss) are of probe() in model.py, on 2,048."""
+    """-> (metrics, for the log (README.md), the routers' as means over layers; evaluation, for the
+    checkpoint: the metrics, `load` (n_layer, E; tokens per expert) and `objective`). Loss and load
+    are on n_tokens validation tokens, the same for every seed and batch size, divided among the
+    processes; coupling_spearman and objective (mean loss + aux_loss) are of probe() in model.py, on
+    2,048."""
     where = dict(block_size=c.block_size, device=machine.device)
     cuda = [machine.device.index] if machine.device.type == "cuda" else []
     sums = torch.zeros(2, dtype=torch.double, device=machine.device)     # of the loss, of tokens
@@ -328,7 +329,8 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
     model = compiled(raw_model) if c.compile else raw_model
     if world_size > 1:
         # broadcast_buffers=False: update_routers keeps them equal on all ranks.
-        # bucket_cap_mb: the compiler cuts its graph where a bucket ends; 220 hold a layer of 1b
+        # bucket_cap_mb: DDP sends gradients in buckets, and has the compiler cut the graph where
+        # one ends; 220 MB hold a layer of 1b
         model = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=220)
 
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
@@ -384,7 +386,7 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
                 record |= metrics
             meta["log"].append(record)
 
-            # save: at an evaluation a checkpoint and the whole log, else its new line
+            # save: at an evaluation a checkpoint and the whole log, else the log's new line
             if rank == 0:
                 problem = ""
                 try:
@@ -400,7 +402,7 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
                     problem = f"\nnot saved: {error} The next evaluation tries again."
                 if evaluating:
                     show(step, metrics, problem)
-            # anew: tokens_per_s is of training alone
+            # start the clock anew: tokens_per_s is of training alone
             start, start_step = time.perf_counter(), step
     return step
 
@@ -413,7 +415,7 @@ def show(step: int, metrics: dict, problem: str) -> None:
 
 
 def show_result(model, data, metrics: dict, machine: Machine, c: TrainConfig) -> None:
-    """What the user sees last: a sample that goes on with validation text, and three lines."""
+    """What the user sees last: how the model goes on with validation text, and three lines."""
     try:
         tokenizer = get_tokenizer(data.meta["tokenizer"]["name"])
     except ValueError as error:  # a node without network may lack the vocabulary
@@ -476,15 +478,15 @@ def claim(c: TrainConfig):
 
 
 def keep_claim(file, c: TrainConfig):
-    """Before a run writes: `file`, the locked one of claim() -> the same. Only if the run's folder
-    was moved away, and perhaps another run has begun in its place: that of a new folder, which is
-    out_dir from now on."""
+    """Before a run writes: `file`, its locked one -> the one to go on with. That is the same,
+    unless the run's folder was moved away (another run may have begun in its place): then the run
+    goes on in a new folder, its out_dir from now on."""
     if file.name == os.devnull:  # Windows
         return file
     out_dir = Path(c.out_dir)
     path = out_dir / "lock"
     file.seek(0)
-    # its word, not its inode: the folder may be back from another disk
+    # compare the words and not the inodes: one is new if a folder was on another disk for a while
     if path.exists() and path.read_text() == file.read():
         return file
     new = free_path(out_dir.parent, f"{out_dir.name}.moved")
@@ -513,7 +515,8 @@ def open_data(c: TrainConfig, machine: Machine):
 
 
 def save(out_dir: Path, meta: dict, model, optimizer, step: int) -> None:
-    """The checkpoint, all that --resume and analyze.py need, and the log that is in it."""
+    """Writes a checkpoint, which has all that --resume and analyze.py need of a run but its data,
+    and log.jsonl, a copy of the log in it."""
     with replacing(out_dir / "ckpt.pt") as temporary:
         torch.save(meta | dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
                                step=step, rng=torch.get_rng_state()), temporary)
@@ -527,8 +530,8 @@ def write_log(out_dir: Path, records: list[dict]) -> None:
 
 
 def check_finite(model, step: int, path: Path) -> None:
-    """Ends a run that has diverged before it saves anything. (The loss, computed before the update,
-    may be finite where the weights no longer are.)"""
+    """If the run has diverged, ends it before the weights are saved. (The loss, computed before the
+    update, may be finite where they no longer are.)"""
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"the weights are not finite at step {step}; the last good checkpoint, if "
                          f"any, is {path}. Try a lower --learning_rate or a longer --warmup_iters.")
@@ -603,7 +606,7 @@ def main(argv: list[str]) -> None:
     data = open_data(c, machine)
     with claim(c) if machine.rank == 0 else nullcontext() as file:
         if machine.world_size > 1:
-            dist.barrier()  # no process reads a checkpoint before the folder is locked
+            dist.barrier()  # no process takes its weights from a folder that is not locked yet
         model, optimizer, step, meta = begin(c, data, machine)
         step = train(model, optimizer, step, meta, data, file, machine, c)
         if machine.rank == 0 and step == c.max_iters:
