@@ -903,7 +903,8 @@ def read_metrics(path: Path) -> dict[str, dict]:
 
 
 def read_or_measure(source: Path, args: argparse.Namespace) -> dict[str, dict]:
-    """-> {name: metrics} of what a metrics.json holds, or of one run or --hf model."""
+    """-> {name: metrics} of what a metrics.json holds, or of one run or --hf model, which is no
+    longer in memory when the next one comes."""
     folder = Path(os.path.expanduser(source))
     if folder.suffix == ".json":
         return read_metrics(folder)

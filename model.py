@@ -560,13 +560,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.8,
                         help="0: always the likeliest token (default: 0.8)")
     args = parser.parse_args(argv)
+    if args.tokens < 0:
+        parser.error(f"--tokens must be 0 or more, not {args.tokens}")
     model, checkpoint = load_checkpoint(Path(os.path.expanduser(args.run), "ckpt.pt"))
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
-    start = encode(tokenizer, args.start).tolist() or [tokenizer.eot_token]
+    # what a terminal sends need not be UTF-8
+    text = args.start.encode(errors="surrogateescape").decode(errors="replace")
+    start = encode(tokenizer, text).tolist() or [tokenizer.eot_token]
     idx = model.generate(torch.tensor([start]), args.tokens, args.temperature)      # (1, n)
     ids = idx[0].tolist()
     if not sys.stdout.isatty():
-        return print(args.start, printable(tokenizer, ids[len(start):]), sep=" | ")
+        return print(text, printable(tokenizer, ids[len(start):]), sep=" | ")
     with torch.no_grad(), watch(model.eval().routers()) as seen:
         # read again for the colours, in separate windows: beyond block_size tokens, with less
         # context than the model had as it wrote

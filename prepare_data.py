@@ -21,7 +21,6 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
-from uuid import uuid4
 
 import numpy as np
 import tiktoken
@@ -429,9 +428,8 @@ def free_path(folder, stem, suffix=""):
 
 
 def lock(folder):
-    """-> the locked file folder/lock: while it is open, no other process gets it. A random word in
-    it tells a run its folder from one that another run has made since (train.keep_claim).
-    ValueError: another process has it."""
+    """-> the locked file folder/lock: while it is open, no other process gets it. ValueError:
+    another process has it."""
     try:
         import fcntl
     except ImportError:  # Windows, which would not let a folder with an open file be renamed
@@ -444,9 +442,6 @@ def lock(folder):
                          "another --out_dir.") from None
     except OSError:
         pass  # some network disks have no such lock
-    file.truncate(0)
-    file.write(str(uuid4()))
-    file.flush()
     return file
 
 

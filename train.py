@@ -485,9 +485,7 @@ def keep_claim(file, c: TrainConfig):
         return file
     out_dir = Path(c.out_dir)
     path = out_dir / "lock"
-    file.seek(0)
-    # compare the words and not the inodes: one is new if a folder was on another disk for a while
-    if path.exists() and path.read_text() == file.read():
+    if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
         return file
     new = free_path(out_dir.parent, f"{out_dir.name}.moved")
     new.mkdir(parents=True)
