@@ -12,8 +12,9 @@ table, draw. Behind them, observe once more: a transformers model.
 
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k, H = d_expert (expert width).
 The metrics follow "Routers Learn the Geometry of Their Experts", arXiv 2605.12476, but for some of
-our own: common_share, token_information, load_cv_sampling, unrouted_gradient_share. What the
-paper's summaries leave open is this project's choice, and defined in the docstrings below."""
+our own: common_share, token_information, load_cv_sampling, unrouted_gradient_share,
+alignment_mismatched. What the paper's summaries leave open is this project's choice, and defined in
+the docstrings below."""
 import argparse
 import hashlib
 import json
@@ -74,8 +75,8 @@ class Observed(NamedTuple):
 def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     """The run in `folder`, on n_tokens validation tokens (rounded up to whole sequences), its
     layers in float32, in eval mode: nothing moves. Perplexity and load are those of the run's last
-    evaluation (after an early stop: on eval_tokens of them). Raises ValueError for one that cannot
-    be measured."""
+    evaluation (after an early stop it is on eval_tokens tokens). Raises ValueError for a run that
+    cannot be measured."""
     model, checkpoint = load_checkpoint(folder / "ckpt.pt")
     c = model.config
     config, evaluation = checkpoint["config"], checkpoint["evaluation"]
@@ -383,12 +384,13 @@ def unfinished(run: dict) -> bool:
 
 
 def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
-    """The settings in which groups differ, as {setting: {value: labels of the groups with it}}; in
-    the place of the value of one that a run does not have: "–"."""
+    """The settings in which groups differ, as {setting: {value: labels of the groups with it}}.
+    Where a run lacks a setting its value is "–"."""
     settings, found = [experiment(group.runs[0]) for group in groups], {}
     for key in dict.fromkeys(chain(*settings)):
         for group, own in zip(groups, settings):
-            if key in own or "max_iters" in own:  # --hf models have no setting of a training
+            # a model of --hf, which has no max_iters, lacks all settings of a training: not named
+            if key in own or "max_iters" in own:
                 value = str(own.get(key, "–"))
                 found.setdefault(key, {}).setdefault(value, []).append(group.label)
     return {key: values for key, values in found.items() if len(values) > 1}
@@ -396,8 +398,8 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
 
 def group_runs(runs: dict[str, dict]) -> list[Group]:
     """The groups, in the order of their first runs. The label of one run is its name, that of
-    several NAME or, where two groups have that NAME, like NAME-1,3. A run that the code which
-    measured it did not repeat, or that was stopped early, is marked in every figure."""
+    several NAME or, where two groups have that NAME, like NAME-1,3. Marked in every figure is
+    what was stopped early, and what was not repeated (see observe_run)."""
     found = {}
     for name, run in runs.items():
         base = name.removesuffix(f"-{run['seed']}")
@@ -462,7 +464,7 @@ def differing_settings(groups: list[Group]) -> str:
 
 def paired_differences(groups: list[Group]) -> list[str]:
     """Perplexity in per cent, paired by seed, mean difference ± its standard error, for each two
-    groups that share seeds and differ in one setting alone: the later minus the earlier."""
+    groups that share seeds and differ in one setting at most: the later minus the earlier."""
     lines = []
     for earlier, later in combinations(groups, 2):
         percent = [100 * (x["perplexity"] / y["perplexity"] - 1)
@@ -678,8 +680,8 @@ FIGURES = {  # file: what draws it, its title, height in inches
     "alignment.png": (draw_alignment, "Aligned: the point lies to the right of the dotted line", 2),
     "common_mode.png": (draw_common_mode, "Alike for a common reason: directions that share the "
                         "mean hidden state", 4),
-    "training.png": (draw_training, "What training does, before the last evaluation (which is "
-                     "on more text)", 3.4),
+    "training.png": (draw_training, "What training does (a last evaluation on more text is "
+                     "left out)", 3.4),
     "experts.png": (draw_experts, "Colour: the first expert of each token (colours compare within "
                     "one panel only)", 6.6)}
 
@@ -770,11 +772,11 @@ def load_hf(folder: Path, dtype: str) -> tuple:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder.as_posix())
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise ValueError("there is no vocabulary")  # transformers makes one up in its place
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True)
+            folder.as_posix(), dtype=dtype, use_safetensors=True, output_loading_info=True)
         if loaded["missing_keys"]:  # transformers would draw them at random
             raise ValueError(f"weights are missing, such as {min(loaded['missing_keys'])}")
     except Exception as error:  # a damaged or foreign file can raise nearly anything

@@ -126,8 +126,8 @@ def find_files(root, glob, skip=frozenset()):
 
 
 def read_text(path):
-    """Yields the text of a UTF-8 file, at a time PIECE characters and the rest of their line (of
-    that PIECE characters at most)."""
+    """Yields the text of a UTF-8 file in parts of PIECE characters, each prolonged to a line end,
+    but not beyond twice its length."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
             while text := file.read(PIECE) + file.readline(PIECE):
@@ -458,9 +458,9 @@ def main(argv):
     parser.add_argument("--name", help="folder in data/ (default: named after the data set)")
     parser.add_argument("--glob", help="which files of a folder, by name, for example '*.md'")
     parser.add_argument("--max_tokens", type=int, metavar="N",
-                        help="end at N tokens, those of val.bin (of these the val_fraction) "
-                        "included; a folder is read in the order of its files' names (default: "
-                        "all)")
+                        help="stop at N tokens, both files together (--val_fraction is "
+                        "then a share of tokens); a folder is read in the order of its files' "
+                        "names (default: all)")
     prepare(**vars(parser.parse_args(argv)))
 
 

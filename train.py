@@ -256,11 +256,11 @@ def mean(values: torch.Tensor) -> float | None:
 
 
 def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tuple:
-    """-> (metrics, for the log (README.md), the routers' as means over layers; evaluation, for the
-    checkpoint: the metrics, `load` (n_layer, E; tokens per expert) and `objective`). Loss and load
-    are on n_tokens validation tokens, the same for every seed and batch size, divided among the
-    processes; coupling_spearman and objective (mean loss + aux_loss) are of probe() in model.py, on
-    2,048."""
+    """-> metrics, evaluation. The metrics go to the log (README.md explains them); those of routers
+    are means over layers. The evaluation goes to the checkpoint: the metrics, `load` (n_layer, E;
+    tokens per expert) and `objective`. Loss and load are on about n_tokens validation tokens, the
+    same for every seed and batch size, divided among the processes; coupling_spearman and objective
+    (mean loss + aux_loss) are of probe() in model.py, on 2,048."""
     where = dict(block_size=c.block_size, device=machine.device)
     cuda = [machine.device.index] if machine.device.type == "cuda" else []
     sums = torch.zeros(2, dtype=torch.double, device=machine.device)     # of the loss, of tokens
@@ -310,7 +310,7 @@ def begin(c: TrainConfig, data, machine: Machine) -> tuple:
     optimizer = make_optimizer(model.to(machine.device), c)
     # a copy: while its tensors are mapped from the file, Windows does not let it be replaced
     optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
-    torch.set_rng_state(checkpoint["rng"])  # for a router that draws noise, and the sample
+    torch.set_rng_state(checkpoint["rng"])  # for a router that draws noise, and the final sample
     # with other code or another max_iters it is no longer the run that it was: say so
     before = {name: checkpoint[name] for name in code} | checkpoint["config"]
     changes = [f"{name} was {before[name]} to step {checkpoint['step']}"
@@ -400,7 +400,7 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
                     if stop or step == c.max_iters:
                         raise
                     problem = f"\nnot saved: {error} The next evaluation tries again."
-                if evaluating:
+                if evaluating:  # the whole log; of a line that was not saved before no word
                     show(step, metrics, problem)
             # start the clock anew: tokens_per_s is of training alone
             start, start_step = time.perf_counter(), step
@@ -478,9 +478,9 @@ def claim(c: TrainConfig):
 
 
 def keep_claim(file, c: TrainConfig):
-    """Before a run writes: `file`, its locked one -> the one to go on with. That is the same,
-    unless the run's folder was moved away (another run may have begun in its place): then the run
-    goes on in a new folder, its out_dir from now on."""
+    """Call it before the run writes. Takes the run's locked file, returns the one to go on with:
+    the same, unless the run's folder was moved away (another run may have begun in its place). Then
+    the run goes on in a new folder, its out_dir from now on."""
     if file.name == os.devnull:  # Windows
         return file
     out_dir = Path(c.out_dir)
