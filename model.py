@@ -132,8 +132,8 @@ class Experts(torch.autograd.Function):
         rows times weights:   A (N*K, P), B (E, P, Q):   out[rows] = A[rows] @ B[i]      (N*K, Q)
         weight gradients:     A (P, N*K), B (N*K, Q):    out[i] = A[:, rows] @ B[rows]   (E, P, Q)
 
-    The gate multiplies h (H wide) and not the expert's output (C wide): the same
-    result, and less work where H < C, as by default."""
+    The gate multiplies h (H wide) and not the expert's output (C wide): the same result, and less
+    work where H < C, as by default."""
 
     @staticmethod
     def forward(ctx, x, indices, gates, w_gate, w_up, w_down):

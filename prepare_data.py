@@ -404,7 +404,7 @@ def mistake(error):
 @contextmanager
 def replacing(path):
     """Yields the name of a file to write beside `path`, then puts it there: whatever happens,
-    what lies at `path` is whole. OSError that names `path` (a full disk's own names no file)."""
+    what lies at `path` is whole. OSError: names `path`, as that of a full disk alone does not."""
     temporary = path.with_suffix(".tmp")
     try:
         yield temporary

@@ -400,7 +400,7 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
                     if stop or step == c.max_iters:
                         raise
                     problem = f"\nnot saved: {error} The next evaluation tries again."
-                if evaluating:  # the whole log; of a line that was not saved before no word
+                if evaluating:  # else no word of it: the next evaluation writes the whole log
                     show(step, metrics, problem)
             # start the clock anew: tokens_per_s is of training alone
             start, start_step = time.perf_counter(), step
