@@ -159,8 +159,8 @@ class Experts(torch.autograd.Function):
         dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
         # forward: y = W_down u with u = gate * h, so the gradient at u is W_down^T dy
         du = grouped_mm(dys, w_down, offs=ends)                          # (N*K, H)
-        # d_i of the README: du . h = dy . (W_down h). Autograd takes it on from the gates to the
-        # logits and, times x_t, to the router rows
+        # d_i of the README: du . h = dy . (W_down h), as no gate is in du yet. From the gates
+        # autograd goes on to the logits and, times x_t, to the router rows
         dgates = (du * h).sum(1, dtype=torch.float32)[inverse]           # (N, K)
         dh = gate * du                                                   # (N*K, H)
         da = torch.ops.aten.silu_backward(dh * b, a)                     # (N*K, H) dh b silu'(a)
@@ -396,8 +396,9 @@ def perplexity(loss: float) -> float:
 def probe(model: SMoETransformer, batches) -> tuple[Tensor, float]:
     """batches of idx and targets (B, T) -> two results: coupling_spearman of each layer (n_layer),
     the rank correlation over tokens of router score and activation ||W_gate x||, mean over experts;
-    and the objective, the mean of loss + aux_loss. A checkpoint has both, and analyze.py computes
-    them again, to see whether the code still does what it did. Call it in eval mode."""
+    and the objective, the mean of loss + aux_loss. train.py notes both (of the first the mean over
+    layers) in a checkpoint, and analyze.py computes them again, to see whether the code still does
+    what it did. Call it in eval mode."""
     torch.manual_seed(0)  # a router of your own that draws random numbers draws the same again
     with watch(model.routers()) as seen:
         losses = [sum(model(idx, targets)[1:]).item() for idx, targets in batches]
@@ -470,8 +471,8 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- the files of a run
 
-# settings that change no number but by rounding: --resume may change them, and runs that differ in
-# nothing else are one experiment
+# settings that change no number but by rounding: a --resume may be given others, and runs that
+# differ in these alone are one experiment
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_interval",
               "log_interval"}
 
@@ -572,8 +573,8 @@ def main(argv: list[str]) -> None:
     if not sys.stdout.isatty():
         return print(text, printable(tokenizer, ids[len(start):]), sep=" | ")
     with torch.no_grad(), watch(model.eval().routers()) as seen:
-        # read again for the colours, in separate windows: beyond block_size tokens, with less
-        # context than the model had as it wrote
+        # read again for the colours, in windows of block_size: the first tokens of a later window
+        # have less context here than when they were written
         for window in idx.split(model.config.block_size, dim=1):
             model(window)
     middle = seen[model.config.n_layer // 2]

@@ -68,8 +68,8 @@ class Router(nn.Module):
             return Routing(indices, gates, aux_loss, logits, scores)
 
     def start(self) -> None:
-        """Called once, after its parameters that are matrices were drawn from normal(0, 0.02):
-        set other values, or those of buffers."""
+        """Called once, after its parameters of two or more dimensions were drawn from normal(0,
+        0.02): set other values, or those of buffers."""
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, C) -> logits (N, E), scores (N, E)."""
@@ -96,8 +96,8 @@ class Router(nn.Module):
 
     def statistics(self) -> list[Tensor]:
         """The buffers that count() fills: update() sees them summed over micro-batches and
-        processes, then they are set to 0. (Other buffers may change in update() only: elsewhere
-        each process would change its own copy differently.)"""
+        processes, then they are set to 0. (Other buffers may change in update() only:
+        processes see different tokens, and nothing would make their copies equal again.)"""
         return [self.load]
 
 
@@ -158,8 +158,8 @@ class LearnedRouter(Router):
         return logits, logits.sigmoid()
 
     def gate(self, chosen_logits: Tensor) -> Tensor:
-        # the same numbers as scores / sum over S, but from the chosen logits alone: a softmax over
-        # all E would leave rounding in the gradient on the others, which is 0
+        # the same numbers as scores / sum over S, but from the chosen logits alone: through a
+        # softmax over all E the gradient on the others would be rounding errors, and not exactly 0
         if self.config.score_fn == "softmax":
             return chosen_logits.softmax(-1)  # (N, K)
         return F.normalize(chosen_logits.sigmoid(), p=1.0, dim=-1)
@@ -234,7 +234,7 @@ class KMeansRouter(Router):
 
     def start(self) -> None:
         """Random directions of length sqrt(C), that of the RMSNorm outputs that they will average.
-        After n steps ema_decay^n of this start is left."""
+        After n steps with tokens ema_decay^n of this start is left."""
         directions = F.normalize(torch.randn_like(self.centroids), dim=-1)  # (E, C)
         self.centroids.copy_(directions * self.config.n_embd ** 0.5)
 
