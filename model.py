@@ -394,11 +394,11 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def probe(model: SMoETransformer, batches) -> tuple[Tensor, float]:
-    """batches of idx and targets (B, T) -> two results: coupling_spearman of each layer (n_layer),
-    the rank correlation over tokens of router score and activation ||W_gate x||, mean over experts;
-    and the objective, the mean of loss + aux_loss. train.py notes both (of the first the mean over
-    layers) in a checkpoint, and analyze.py computes them again, to see whether the code still does
-    what it did. Call it in eval mode."""
+    """batches of idx and targets (B, T) -> coupling, objective. coupling (n_layer): in each layer
+    the rank correlation over tokens of router score and activation ||W_gate x||, mean over experts
+    (coupling_spearman). objective: the mean of loss + aux_loss. A checkpoint notes the objective
+    and the mean of coupling over layers; analyze.py computes both again, to see whether the code
+    still does what it did. Call it in eval mode."""
     torch.manual_seed(0)  # a router of your own that draws random numbers draws the same again
     with watch(model.routers()) as seen:
         losses = [sum(model(idx, targets)[1:]).item() for idx, targets in batches]

@@ -68,8 +68,8 @@ class Router(nn.Module):
             return Routing(indices, gates, aux_loss, logits, scores)
 
     def start(self) -> None:
-        """Called once, after its parameters of two or more dimensions were drawn from normal(0,
-        0.02): set other values, or those of buffers."""
+        """Called once, when the router's parameters of two or more dimensions have been drawn from
+        normal(0, 0.02). Override it to set other values, of parameters or of buffers."""
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, C) -> logits (N, E), scores (N, E)."""
