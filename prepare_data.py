@@ -434,7 +434,7 @@ def lock(folder):
         import fcntl
     except ImportError:  # Windows, which would not let a folder with an open file be renamed
         return open(os.devnull)
-    file = open(folder / "lock", "a+")
+    file = open(folder / "lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
     except BlockingIOError:

@@ -401,17 +401,18 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
                         raise
                     problem = f"\nnot saved: {error} The next evaluation tries again."
                 if evaluating:  # else no word of it: the next evaluation writes the whole log
-                    show(step, metrics, problem)
+                    numbers = [f"{key} {value:.4g}" for key, value in metrics.items()
+                               if isinstance(value, float)]
+                    say(f"step {step}, {', '.join(numbers)}{problem}")
             # start the clock anew: tokens_per_s is of training alone
             start, start_step = time.perf_counter(), step
     return step
 
 
-def show(step: int, metrics: dict, problem: str) -> None:
-    """One line on an evaluation. Who reads it may be gone: no reason to end a training."""
-    numbers = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
+def say(text: str) -> None:
+    """Prints it above the bar. Who reads it may be gone: no reason to end a training."""
     with suppress(OSError):
-        tqdm.write(f"step {step}, {', '.join(numbers)}{problem}")
+        tqdm.write(text)
 
 
 def show_result(model, data, metrics: dict, machine: Machine, c: TrainConfig) -> None:
@@ -481,18 +482,17 @@ def keep_claim(file, c: TrainConfig):
     """Call it before the run writes. Takes the run's locked file, returns the one to go on with:
     the same, unless the run's folder was moved away (another run may have begun in its place). Then
     the run goes on in a new folder, its out_dir from now on."""
-    if file.name == os.devnull:  # Windows
-        return file
     out_dir = Path(c.out_dir)
     path = out_dir / "lock"
+    if file.name == os.devnull and out_dir.exists():  # Windows, where nothing is locked
+        return file
     if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
         return file
     new = free_path(out_dir.parent, f"{out_dir.name}.moved")
     new.mkdir(parents=True)
     file = lock(new)
     c.out_dir = str(new)
-    with suppress(OSError):
-        tqdm.write(f"{out_dir} was moved away: this run goes on in {new}.")
+    say(f"{out_dir} was moved away: this run goes on in {new}.")
     return file
 
 
