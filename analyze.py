@@ -61,7 +61,8 @@ class Layer(NamedTuple):
     x: Tensor             # (N, C) hidden states
     scores: Tensor        # (N, E) of every expert for every token, before any selection bias
     indices: Tensor       # (N, K) the selected experts, best first
-    load: Tensor          # (E) tokens that each expert got; of a run, in its last evaluation
+    load: Tensor          # (E) tokens that each expert got: of these N or, for a run, of those in
+                          # its last evaluation
     gradient_share: Tensor | None  # () unrouted_gradient_share, on one batch; None with --hf
 
 
@@ -86,7 +87,8 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     data = open_dataset(Path("data", config["dataset"]), c.block_size, c.vocab_size,
                         checkpoint["sha256"])
 
-    def batches(n, size=max(1, 1024 // c.block_size)):  # n tokens, the windows of train.py
+    # n tokens in the windows of train.py, about 1,024 of them a batch
+    def batches(n, size=max(1, 1024 // c.block_size)):
         return list(eval_batches(data, n, block_size=c.block_size, device=device, batch_size=size))
 
     model.to(device).eval()
@@ -133,12 +135,13 @@ def observe_layers(model, batches, loads: Tensor, shares: Tensor) -> tuple[Tenso
         for idx, targets in batches:
             model(idx, targets)
             tokens.append(idx.flatten())
-    for depth, (block, rows) in enumerate(zip(model.blocks, seen)):
-        moe, (xs, routings) = block.moe, zip(*rows)
+    for depth, (block, calls) in enumerate(zip(model.blocks, seen)):
+        moe = block.moe
         layers.append(Layer(
             depth, moe.router.directions.detach(), moe.w_gate.detach(), moe.w_up.detach(), None,
-            x=torch.cat(xs), scores=torch.cat([routing.scores for routing in routings]),
-            indices=torch.cat([routing.indices for routing in routings]), load=loads[depth],
+            x=torch.cat([x for x, _ in calls]),
+            scores=torch.cat([routing.scores for _, routing in calls]),
+            indices=torch.cat([routing.indices for _, routing in calls]), load=loads[depth],
             gradient_share=shares[depth]))
     return torch.cat(tokens), layers
 
@@ -149,7 +152,7 @@ def gradient_shares(model, idx: Tensor, targets: Tensor) -> Tensor:
     The formula: unrouted_gradient_share, below."""
     with watch(model.routers()) as seen:
         _, loss, aux_loss = model(idx, targets)
-    routings = [layer[0][1] for layer in seen]
+    routings = [calls[0][1] for calls in seen]
     logits = [routing.logits for routing in routings]                    # n_layer of (N, E)
     if not (model.routers()[0].directions.requires_grad and logits[0].requires_grad):
         # centroids: the gradient goes on to x and moves no direction
@@ -201,7 +204,7 @@ def alignment(directions: Tensor, w_gate: Tensor) -> tuple[Tensor, Tensor]:
     top = torch.stack([top_direction(w.float()) for w in w_gate])        # (E, C)
     cosines = (F.normalize(directions, dim=-1) @ top.t()).abs()          # (E, E)
     matched = cosines.trace()
-    return matched / E, (cosines.sum() - matched) / (E * (E - 1))  # one expert: 0 / 0
+    return matched / E, (cosines.sum() - matched) / (E * (E - 1))
 
 
 def unrouted_gradient_share(gradient: Tensor, indices: Tensor) -> Tensor:
@@ -227,7 +230,7 @@ def token_information(tokens: Tensor, experts: Tensor, E: int) -> Tensor:
     entropy(both). At most entropy(expert); 0 for a router that does not look at the token. Counts
     of N tokens show some information even where there is none; the same computation on shuffled
     experts estimates how much, and is subtracted. With many rare ids (N not far above V * E) this
-    takes away too much: compare results of one vocabulary and N alone."""
+    takes away too much: so compare only results with the same vocabulary and the same N."""
     shuffle = torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
 
     def information(experts):
@@ -437,11 +440,11 @@ def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
     sample standard deviation."""
     lines = [("run", "router", "seed", "step", *COLUMNS), ("---",) * (4 + len(COLUMNS))]
     for name, runs in rows:
-        step = runs[0]["step"]
-        cells = [name, runs[0]["router"],
-                 ", ".join("–" if run["seed"] is None else str(run["seed"]) for run in runs),
-                 "–" if step is None else str(step) if not unfinished(runs[0]) else
-                 f"{step} of {runs[0]['settings']['max_iters']}, unfinished"]
+        step = "–" if runs[0]["step"] is None else str(runs[0]["step"])
+        if unfinished(runs[0]):
+            step += f" of {runs[0]['settings']['max_iters']}, unfinished"
+        seeds = ", ".join("–" if run["seed"] is None else str(run["seed"]) for run in runs)
+        cells = [name, runs[0]["router"], seeds, step]
         for key, *more in COLUMNS.values():
             others = ", ".join(mean_and_spread(runs, k) for k in more)
             cells.append(mean_and_spread(runs, key) + (f" ({others})" if more else ""))
@@ -482,8 +485,8 @@ def paired_differences(groups: list[Group]) -> list[str]:
 
 
 # ---------------------------------------------------------------- draw: metrics.json -> figures
-# Each function draws on `fig`, and nothing where there is nothing to draw. The title, in FIGURES,
-# says how the figure is read, whatever the runs show.
+# Each function in FIGURES draws on `fig`, and nothing where there is nothing to draw. The title
+# there says how the figure is read, whatever the runs show.
 
 CHANCE = dict(color="0.35", linestyle=(0, (1, 1)), linewidth=1.5)
 

@@ -139,7 +139,7 @@ class Experts(torch.autograd.Function):
     def forward(ctx, x, indices, gates, w_gate, w_up, w_down):
         order, inverse, ends = sort_by_expert(indices, len(w_gate))      # (N*K), (N, K), (E)
         token = order // gates.shape[1]                                  # (N*K) t of t * K + k
-        xs = x.index_select(0, token)                                    # (N*K, C) dispatch
+        xs = x.index_select(0, token)                                    # (N*K, C) dispatch: to each row its x
         gate = gates.flatten()[order, None].to(x.dtype)                  # (N*K, 1)
         a = grouped_mm(xs, w_gate.transpose(1, 2), offs=ends)            # (N*K, H) experts
         b = grouped_mm(xs, w_up.transpose(1, 2), offs=ends)              # (N*K, H)
@@ -199,7 +199,8 @@ def weight_gradient(d_out: Tensor, inputs: Tensor, ends: Tensor) -> Tensor:
 
 
 class SMoE(nn.Module):
-    """Sparse mixture of SwiGLU experts: route, then (in Experts) dispatch, experts, combine."""
+    """Sparse mixture of SwiGLU experts: route; then, in Experts, copy each x to the rows of its
+    experts (dispatch), run the experts, sum the rows of each token (combine)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -405,9 +406,9 @@ def probe(model: SMoETransformer, batches) -> tuple[Tensor, float]:
     coupling = []
     # the model may run in bfloat16, but the norms are measured in float32, as in analyze.py
     with torch.autocast(model.head.weight.device.type, enabled=False):
-        for block, layer in zip(model.blocks, seen):
-            x = torch.cat([x for x, _ in layer]).float()                 # (N, C)
-            scores = torch.cat([routing.scores for _, routing in layer])  # (N, E)
+        for block, calls in zip(model.blocks, seen):
+            x = torch.cat([x for x, _ in calls]).float()                 # (N, C)
+            scores = torch.cat([routing.scores for _, routing in calls])  # (N, E)
             activation = expert_activations(x, block.moe.w_gate)[0]      # (N, E)
             coupling.append(spearman(scores, activation).nanmean())
     return torch.stack(coupling), sum(losses) / len(losses)
@@ -497,7 +498,7 @@ def router_class(name: str) -> type | None:
 
 
 def code_hash(*names: str) -> str:
-    """Of the modules of these names."""
+    """-> 12 digits that tell whether the source of these modules is the same."""
     code = b"".join(SOURCES.get(name, b"") for name in names)
     return hashlib.sha256(code).hexdigest()[:12]
 

@@ -54,8 +54,6 @@ def encode(tokenizer, text):
     try:
         return tokenizer.encode_to_numpy(text, disallowed_special=())
     except ValueError:  # tiktoken's regex gives up on a run of a million spaces: halve it
-        if len(text) < 2:  # half of a surrogate pair cannot be encoded
-            raise
         half = len(text) // 2
         return np.concatenate([encode(tokenizer, text[:half]), encode(tokenizer, text[half:])])
 
@@ -161,12 +159,12 @@ def read_documents(paths, val_fraction):
 
 def read_single(path, val_fraction):
     """Yields the documents of the only file: the first 1 - val_fraction of its characters are train
-    and the rest val. The cut moves on to the next line end."""
+    and the rest val. The cut moves on to a line end, if its piece has one before its end."""
     left = int(sum(map(len, read_text(path))) * (1 - val_fraction))  # characters of train
     for text in read_text(path):
         cut = max(0, min(left, len(text)))
-        # look for the next line end, if this piece has one: from cut - 1 on, since a cut right
-        # behind a line end may stay, and not at the last character, since val must not be empty
+        # from cut - 1 on: a cut right behind a line end may stay. Not the last character: if the
+        # piece is the last one, val would be empty
         if cut and (line_end := text.find("\n", cut - 1, -1)) >= 0:
             cut = line_end + 1
         yield "train", text[:cut]
@@ -403,8 +401,8 @@ def mistake(error):
 
 @contextmanager
 def replacing(path):
-    """Yields the name of a file to write beside `path`, then puts it there: whatever happens,
-    what lies at `path` is whole. OSError: names `path`, as that of a full disk alone does not."""
+    """Yields a temporary name to write to, then renames that file to `path`: whatever happens,
+    what lies at `path` is whole. OSError: names `path`, as that of a full disk does not."""
     temporary = path.with_suffix(".tmp")
     try:
         yield temporary

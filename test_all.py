@@ -1367,7 +1367,7 @@ def test_runs_of_one_name_that_differ_in_the_seed_alone_are_one_group_and_no_cop
     {"data_sha256": "b"}, {"code": "b"}, {"repeated": "no"}, {"step": 3}, {"top_k": 4},
     {"measured_by": "b"}, {"tokens": 4096}, {"val_tokens": 64}, {"val_sha256": "b"},
     {"eval_tokens": 32},
-    {"history": "max_iters was 3 to step 3"}])
+    {"history": "max_iters was 3 until step 3"}])
 def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(change):
     groups = analyze.group_runs({"aux-1": a_run(), "aux-2": a_run(seed=2, **change)})
     (name, value), = change.items()
@@ -1637,7 +1637,7 @@ def test_a_run_that_the_code_does_not_repeat_and_one_that_changed_are_named(
     out, err = capsys.readouterr()
     assert re.findall(r"^(\S+) is not repeated: the code", out, re.MULTILINE) == [
         "kmeans-1", "more"] and err == ""
-    changes = f"max_iters was 6 to step 6, code was {now['code']} to step 6."
+    changes = f"max_iters was 6 until step 6, code was {now['code']} until step 6."
     assert f"more changed on its way: {changes}" in out
     assert "aux-1 changed" not in out
     assert analyze.group_runs(json.loads((tmp_path / "metrics.json").read_text()))[1].label == (
@@ -2044,7 +2044,7 @@ def test_the_readmes_router_trains_and_goes_on_and_is_analyzed_by_the_commands_t
     assert done.stdout.endswith("next: python analyze.py out/my_router\n")
     Path("my_router.py").write_text(code + "# edited")
     done = python("train.py", "--router=my_router", "--resume", "--max_iters=4")
-    assert "This run changes on its way: max_iters was 3 to step 3, router_code" in done.stdout
+    assert "This run changes on its way: max_iters was 3 until step 3, router_code" in done.stdout
     Path("my_router.py").write_text(code)
     # the table has a dash
     done = python("analyze.py", "out/my_router", env={"PYTHONIOENCODING": "ascii"})

@@ -274,8 +274,8 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
                                              **where):
                 sums[0] += model(idx, targets)[1].double() * idx.numel()
                 sums[1] += idx.numel()
-                for load, layer in zip(loads, seen):
-                    _, routing = layer.pop()  # and forget it: memory stays flat
+                for load, calls in zip(loads, seen):
+                    _, routing = calls.pop()  # and forget it: memory stays flat
                     load += torch.bincount(routing.indices.flatten(), minlength=c.n_expert)
         coupling, objective = probe(model, eval_batches(data, 2048, batch_size=1, **where))
     model.train()
@@ -294,37 +294,37 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
 # ---------------------------------------------------------------- a run
 
 def begin(c: TrainConfig, data, machine: Machine) -> tuple:
-    """Starts a run, or goes on with the checkpoint in out_dir -> (model, optimizer, step, meta:
+    """Starts a run, or goes on with the checkpoint in out_dir -> (model, optimizer, step, about:
     what each checkpoint says of the run, its settings, log, hashes, and later its evaluation)."""
     code = code_of(c.router)
     config = asdict(c) | {"dtype": str(machine.dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
-    meta = dict(config=config, log=[], history=[], sha256=data.meta["sha256"],
+    about = dict(config=config, log=[], history=[], sha256=data.meta["sha256"],
                 tokenizer=data.meta["tokenizer"]["name"], **code)
     if not c.resume:
         model = make_model(c, machine.device)  # the same on every rank
-        return model, make_optimizer(model, c), 0, meta
+        return model, make_optimizer(model, c), 0, about
     # read again: the folder is locked now, and its last run may have saved since parse_args
     model, checkpoint = load_checkpoint(Path(c.out_dir, "ckpt.pt"))
     check_resume(checkpoint, c)
     optimizer = make_optimizer(model.to(machine.device), c)
     # a copy: while its tensors are mapped from the file, Windows does not let it be replaced
     optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
-    torch.set_rng_state(checkpoint["rng"])  # for a router that draws noise, and the final sample
+    torch.set_rng_state(checkpoint["rng"])  # of the CPU: for a router that draws noise
     # with other code or another max_iters it is no longer the run that it was: say so
     before = {name: checkpoint[name] for name in code} | checkpoint["config"]
-    changes = [f"{name} was {before[name]} to step {checkpoint['step']}"
+    changes = [f"{name} was {before[name]} until step {checkpoint['step']}"
                for name, now in {"max_iters": c.max_iters, **code}.items() if now != before[name]]
     if machine.rank == 0 and changes:
         print(f"This run changes on its way: {', '.join(changes)}.")
-    meta |= {"log": checkpoint["log"], "history": checkpoint["history"] + changes}
-    return model, optimizer, checkpoint["step"], meta
+    about |= {"log": checkpoint["log"], "history": checkpoint["history"] + changes}
+    return model, optimizer, checkpoint["step"], about
 
 
-def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Machine,
+def train(raw_model, optimizer, step: int, about: dict, data, lock_file, machine: Machine,
           c: TrainConfig) -> int:
     """From `step` to max_iters, or until somebody asks to stop -> the step that it came to.
-    `file`: the locked one of claim()."""
+    `lock_file`: that of claim()."""
     device, dtype, autocast, rank, world_size = machine
     model = compiled(raw_model) if c.compile else raw_model
     if world_size > 1:
@@ -335,12 +335,12 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
 
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
     peak = peak_flops(device, dtype)
-    if not meta["log"]:
+    if not about["log"]:
         metrics, _ = evaluate(raw_model, data, c.eval_tokens, machine, c)
-        meta["log"] = [{"step": 0} | dict.fromkeys(
+        about["log"] = [{"step": 0} | dict.fromkeys(
             ("train_loss", "aux_loss", "lr", "tokens_per_s", "mfu")) | metrics]
     if rank == 0:
-        write_log(Path(c.out_dir), meta["log"])
+        write_log(Path(c.out_dir), about["log"])
         counts = [f"{n / 1e6:.1f}M" for n in raw_model.num_params()]
         print(f"{c.router}: {counts[0]} parameters, {counts[1]} active a token, {world_size} x "
               f"{device} in {dtype}; {c.dataset}: {len(data.train):,} tokens, steps {step} to "
@@ -382,17 +382,17 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
             if evaluating:
                 # the model that is not compiled: evaluation is rare, and need not compile again
                 n = c.final_eval_tokens if step == c.max_iters else c.eval_tokens
-                metrics, meta["evaluation"] = evaluate(raw_model, data, n, machine, c)
+                metrics, about["evaluation"] = evaluate(raw_model, data, n, machine, c)
                 record |= metrics
-            meta["log"].append(record)
+            about["log"].append(record)
 
             # save: at an evaluation a checkpoint and the whole log, else the log's new line
             if rank == 0:
                 problem = ""
                 try:
-                    file = keep_claim(file, c)
+                    lock_file = keep_claim(lock_file, c)
                     if evaluating:
-                        save(Path(c.out_dir), meta, raw_model, optimizer, step)
+                        save(Path(c.out_dir), about, raw_model, optimizer, step)
                     else:
                         with open(Path(c.out_dir, "log.jsonl"), "a") as log:
                             log.write(json.dumps(record) + "\n")
@@ -400,7 +400,7 @@ def train(raw_model, optimizer, step: int, meta: dict, data, file, machine: Mach
                     if stop or step == c.max_iters:
                         raise
                     problem = f"\nnot saved: {error} The next evaluation tries again."
-                if evaluating:  # else no word of it: the next evaluation writes the whole log
+                if evaluating:  # a line that could not be added needs no word: the next save does
                     numbers = [f"{key} {value:.4g}" for key, value in metrics.items()
                                if isinstance(value, float)]
                     say(f"step {step}, {', '.join(numbers)}{problem}")
@@ -468,32 +468,32 @@ def claim(c: TrainConfig):
         raise ValueError(f"{out_dir} already holds a run; pass {go_on}--overwrite to start anew, "
                          "which renames that folder, or another --out_dir.")
     out_dir.mkdir(parents=True, exist_ok=True)
-    file = lock(out_dir)  # before the folder is renamed: a run may be in it
+    lock_file = lock(out_dir)  # before the folder is renamed: a run may be in it
     if names and c.overwrite:
         old = free_path(out_dir.parent, f"{out_dir.name}.old")
         out_dir.rename(old)  # the lock goes along
         print(f"The run in {out_dir} is now in {old}.")
         out_dir.mkdir()
-        file = lock(out_dir)
-    return file
+        lock_file = lock(out_dir)
+    return lock_file
 
 
-def keep_claim(file, c: TrainConfig):
+def keep_claim(lock_file, c: TrainConfig):
     """Call it before the run writes. Takes the run's locked file, returns the one to go on with:
     the same, unless the run's folder was moved away (another run may have begun in its place). Then
     the run goes on in a new folder, its out_dir from now on."""
     out_dir = Path(c.out_dir)
     path = out_dir / "lock"
-    if file.name == os.devnull and out_dir.exists():  # Windows, where nothing is locked
-        return file
-    if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-        return file
+    if lock_file.name == os.devnull and out_dir.exists():  # Windows, where nothing is locked
+        return lock_file
+    if path.exists() and os.path.samestat(path.stat(), os.fstat(lock_file.fileno())):
+        return lock_file
     new = free_path(out_dir.parent, f"{out_dir.name}.moved")
     new.mkdir(parents=True)
-    file = lock(new)
+    lock_file = lock(new)
     c.out_dir = str(new)
     say(f"{out_dir} was moved away: this run goes on in {new}.")
-    return file
+    return lock_file
 
 
 def open_data(c: TrainConfig, machine: Machine):
@@ -512,13 +512,13 @@ def open_data(c: TrainConfig, machine: Machine):
     return open_dataset(folder, c.block_size, c.vocab_size, sha256)
 
 
-def save(out_dir: Path, meta: dict, model, optimizer, step: int) -> None:
-    """Writes a checkpoint, which has all that --resume and analyze.py need of a run but its data,
-    and log.jsonl, a copy of the log in it."""
+def save(out_dir: Path, about: dict, model, optimizer, step: int) -> None:
+    """Writes ckpt.pt, all that --resume and analyze.py need of a run except its data, then
+    log.jsonl, a copy of the log in it."""
     with replacing(out_dir / "ckpt.pt") as temporary:
-        torch.save(meta | dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+        torch.save(about | dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
                                step=step, rng=torch.get_rng_state()), temporary)
-    write_log(out_dir, meta["log"])
+    write_log(out_dir, about["log"])
 
 
 def write_log(out_dir: Path, records: list[dict]) -> None:
@@ -602,13 +602,13 @@ def main(argv: list[str]) -> None:
         return bench(c)
     machine = set_up(c)
     data = open_data(c, machine)
-    with claim(c) if machine.rank == 0 else nullcontext() as file:
+    with claim(c) if machine.rank == 0 else nullcontext() as lock_file:
         if machine.world_size > 1:
             dist.barrier()  # no process takes its weights from a folder that is not locked yet
-        model, optimizer, step, meta = begin(c, data, machine)
-        step = train(model, optimizer, step, meta, data, file, machine, c)
+        model, optimizer, step, about = begin(c, data, machine)
+        step = train(model, optimizer, step, about, data, lock_file, machine, c)
         if machine.rank == 0 and step == c.max_iters:
-            show_result(model, data, meta["log"][-1], machine, c)
+            show_result(model, data, about["log"][-1], machine, c)
         elif machine.rank == 0:
             print(f"stopped and saved at step {step}; go on with no other flags than "
                   f"--out_dir={shlex.quote(c.out_dir)} --resume")
