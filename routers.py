@@ -68,7 +68,7 @@ class Router(nn.Module):
             return Routing(indices, gates, aux_loss, logits, scores)
 
     def start(self) -> None:
-        """Called once, when the router's parameters of two or more dimensions have been drawn from
+        """Called once, after the model has drawn all parameters of two or more dimensions from
         normal(0, 0.02). Override it to set other values, of parameters or of buffers."""
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +234,7 @@ class KMeansRouter(Router):
 
     def start(self) -> None:
         """Random directions of length sqrt(C), that of the RMSNorm outputs that they will average.
-        After n steps with tokens ema_decay^n of this start is left."""
+        ema_decay^n of this start is left after n steps in which the expert got tokens."""
         directions = F.normalize(torch.randn_like(self.centroids), dim=-1)  # (E, C)
         self.centroids.copy_(directions * self.config.n_embd ** 0.5)
 
