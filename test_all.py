@@ -328,15 +328,6 @@ def test_num_params_counts_all_weights_and_those_one_token_uses():
         2 * (4 * 32 * 32 + 2 * 3 * 32 * 16 + 8 * 32) + 64 * 32) + 6 * 2 * 16 * 32
 
 
-@pytest.mark.parametrize("change, field", [
-    (dict(n_embd=30, n_head=4), "n_embd"), (dict(top_k=9), "top_k"), (dict(top_k=0), "top_k"),
-    (dict(vocab_size=0), "vocab_size"), (dict(d_expert=12), "d_expert"),
-    (dict(router="best"), "router"), (dict(score_fn="tanh"), "score_fn")])
-def test_config_refuses_a_bad_value_and_names_its_field(change, field):
-    with pytest.raises(ValueError, match=f"^{field} must be"):
-        Config(**{**SMALL, **change})
-
-
 # ---------------------------------------------------------------- learning
 
 def trainer(router, device="cpu"):
@@ -510,10 +501,18 @@ def checkpoint_of(out_dir):
     return torch.load(Path(out_dir) / "ckpt.pt", weights_only=True)
 
 
-def python(*args, env={}):
-    """python ARGS in a process of its own, which finds the project's files."""
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True,
+@contextlib.contextmanager
+def changed_checkpoint(out_dir):
+    yield (state := checkpoint_of(out_dir))
+    torch.save(state, Path(out_dir) / "ckpt.pt")
+
+
+def python(*args, code=0, env={}):
+    """python ARGS in a process of its own, which finds our files and exits with `code`."""
+    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True,
                           timeout=240, env=os.environ | {"PYTHONPATH": str(ROOT)} | env)
+    assert done.returncode == code, done.stderr
+    return done
 
 
 def test_the_main_command_prepares_its_corpus_trains_samples_and_sums_up(tmp_path, monkeypatch):
@@ -521,7 +520,6 @@ def test_the_main_command_prepares_its_corpus_trains_samples_and_sums_up(tmp_pat
     done = python(ROOT / "train.py", "--router=kmeans", "--max_iters=2", "--batch_size=1",
                   "--block_size=64", "--eval_tokens=64", "--final_eval_tokens=64",
                   env={"PYTHONIOENCODING": "ascii"})  # the sample holds more than ASCII
-    assert done.returncode == 0, done.stderr
     *_, perplexity, load, place = done.stdout.splitlines()
     assert perplexity.startswith("validation perplexity ") and load.startswith("load CV ")
     assert place == "the run lies in out/kmeans; next: python analyze.py out/kmeans"
@@ -609,12 +607,18 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
     assert "is not repeated" not in capsys.readouterr().out
 
 
-def test_a_run_knows_the_code_of_the_project_and_of_its_own_router_and_no_other(
-        monkeypatch):
+def test_a_run_knows_the_code_of_the_project_and_of_its_own_router_as_imported_and_no_other(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
     monkeypatch.setattr(model, "SOURCES", {name: name.encode() for name in (
-        "model", "routers", "prepare_data", "train", "mine", "other")})
+        "model", "routers", "prepare_data", "train", "other")})
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace())
+    for text in ("as imported", "edited while it trains"):
+        (tmp_path / "mine.py").write_text(text)
+        model.router_class("mine")
     before = model.code_of("mine")
-    assert model.code_of("aux")["code"] == before["code"]
+    assert before["router_code"] == hashlib.sha256(b"as imported").hexdigest()[:12]
+    assert before["code"] == model.code_of("aux")["code"]
     for edited, changes in (("other", [0, 0]), ("mine", [0, 1]), ("train", [1, 0])):
         model.SOURCES[edited] = b"edited"
         after = model.code_of("mine")
@@ -622,28 +626,15 @@ def test_a_run_knows_the_code_of_the_project_and_of_its_own_router_and_no_other(
         before = after
 
 
-def test_the_code_of_an_own_router_is_that_which_was_imported(tmp_path, monkeypatch):
-    own = tmp_path / "mine.py"
-    own.write_text("# one")
-    monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
-    monkeypatch.setattr(model, "SOURCES", {})
-    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace())
-    model.router_class("mine")
-    own.write_text("# two")  # edited while it trains
-    model.router_class("mine")
-    assert model.code_of("mine")["router_code"] == hashlib.sha256(b"# one").hexdigest()[:12]
-
-
 def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(workdir):
     run_train("--out_dir=out/a", "--max_iters=3")
-    done = python("-c", """
+    python("-c", """
 import os, signal, torch, train
 def killed_half_way(state, path):
     open(path, "wb").write(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 torch.save = killed_half_way
-train.main(["--out_dir=out/a", "--resume", "--max_iters=6"])""")
-    assert done.returncode == -signal.SIGKILL
+train.main(["--out_dir=out/a", "--resume", "--max_iters=6"])""", code=-signal.SIGKILL)
     assert load_checkpoint("out/a/ckpt.pt")[1]["step"] == 3
     with open("out/a/log.jsonl", "a") as log:
         log.write('{"step": 5, "tra')  # killed in the middle of a line, too
@@ -714,8 +705,8 @@ def test_a_weight_that_is_not_finite_stops_the_run_and_never_replaces_a_good_che
 
     monkeypatch.setattr(train, "train_step", explode)
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ValueError, match="not finite at step 4; .* is out/a/ckpt.pt"):
-        resume("--max_iters=9")  # no evaluation follows step 4
+    sentence = refusal(resume, "--max_iters=9")  # no evaluation follows step 4
+    assert re.search("not finite at step 4; .* is out/a/ckpt.pt", sentence)
     assert checkpoint_of("out/a")["step"] == 3
     assert signal.getsignal(signal.SIGINT) is handler  # a notebook can be interrupted again
 
@@ -770,8 +761,7 @@ def test_two_processes_equal_one(router, workdir):
     """The same gradient_accumulation_steps, so the same batches: losses, weights and router state
     agree up to the order of float sums."""
     flags = [f"--router={router}", "--gradient_accumulation_steps=4"]
-    done = python(*TORCHRUN, ROOT / "train.py", *TOY, *flags, "--out_dir=out/two")
-    assert done.returncode == 0, done.stderr
+    python(*TORCHRUN, ROOT / "train.py", *TOY, *flags, "--out_dir=out/two")
     run_train(*flags, "--out_dir=out/one")
     for one, two in zip(losses("out/one"), losses("out/two"), strict=True):
         # abs: a rank correlation near 0 moves by more than a thousandth of itself
@@ -793,8 +783,7 @@ train.DDP = DDP
 train.main(sys.argv[1:])""")
     flags = ["--router=aux", "--n_embd=64", "--d_expert=128", "--n_layer=3",
              "--gradient_accumulation_steps=2", "--dtype=bfloat16", "--max_iters=3"]
-    done = python(*TORCHRUN, "compiled.py", *TOY, *flags, "--compile", "--out_dir=out/two")
-    assert done.returncode == 0, done.stderr
+    python(*TORCHRUN, "compiled.py", *TOY, *flags, "--compile", "--out_dir=out/two")
     run_train(*flags, "--out_dir=out/one")
     for key, steps in (("train_loss", (1, 2, 3)), ("val_loss", (3,))):
         one, two = ([read_log(f"out/{name}")[step][key] for step in steps]
@@ -879,6 +868,10 @@ def test_a_mistake_and_too_little_memory_are_a_sentence_and_a_bug_keeps_its_trac
     ("train --device=cuda:99", "device cuda:99 is not there"),
     ("train --block_size=100000", "block_size must be at most"),
     ("train --vocab_size=64", "such as 320"),
+    ("train --vocab_size=0", "vocab_size must be positive"), ("train --top_k=9", "top_k must be"),
+    ("train --n_head=3", "n_embd must be a multiple of 2 * n_head = 6"),
+    ("train --d_expert=12", "d_expert must be a multiple of 8"),
+    ("train --score_fn=tanh", "score_fn must be softmax or sigmoid"),
     ("train --z_loss_coef=0.1", "z_loss_coef must be 0.0 under kmeans, which does not read it"),
     ("train --compile --dtype=float32", "dtype must be bfloat16 with --compile"),
     ("train --resume", "out/kmeans/ckpt.pt is not there"),
@@ -944,9 +937,8 @@ def test_a_folder_that_holds_a_run_or_is_in_use_by_one_is_refused(workdir):
 def test_a_damaged_or_foreign_checkpoint_gets_one_sentence_that_names_it(damage, words, workdir):
     run_train("--out_dir=out/a", "--max_iters=3")
     if damage:
-        state = checkpoint_of("out/a")
-        damage(state)
-        torch.save(state, "out/a/ckpt.pt")
+        with changed_checkpoint("out/a") as state:
+            damage(state)
     else:
         os.truncate("out/a/ckpt.pt", 10_000)
     sentence = refusal(resume, "--max_iters=6")
@@ -955,9 +947,8 @@ def test_a_damaged_or_foreign_checkpoint_gets_one_sentence_that_names_it(damage,
 
 def test_a_field_that_was_added_to_config_since_has_its_default(workdir):
     run_train("--out_dir=out/a", "--max_iters=3")
-    state = checkpoint_of("out/a")
-    del state["config"]["z_loss_coef"]
-    torch.save(state, "out/a/ckpt.pt")
+    with changed_checkpoint("out/a") as state:
+        del state["config"]["z_loss_coef"]
     assert load_checkpoint("out/a/ckpt.pt")[0].config.z_loss_coef == 0
     assert "z_loss_coef = 0.0" in refusal(resume, "--z_loss_coef=0.1", "--max_iters=6")
 
@@ -1092,7 +1083,6 @@ def test_stdlib_is_the_source_of_the_standard_library_without_tests_and_python_a
     stdlib, python = map(prepare_data.open_corpus, ("stdlib", "python"))
     names = {path.relative_to(sysconfig.get_path("stdlib")).as_posix() for path in stdlib}
     assert {"argparse.py", "json/decoder.py"} <= names
-    assert sum(path.stat().st_size for path in stdlib) > 5e6
     assert not {part for name in names for part in name.split("/")} & {"test", "site-packages"}
     assert set(python) == {*stdlib, tmp_path / "site-packages/theirs.py"}
 
@@ -1118,10 +1108,8 @@ def test_a_vocabulary_above_65536_is_stored_as_uint32(tmp_path, monkeypatch):
 
 
 def test_max_tokens_bounds_both_splits_together_and_a_cut_document_counts(tmp_path, capsys):
-    prepared(tmp_path / "one", {"a.txt": "line\n" * 500}, max_tokens=100)
+    prepared(tmp_path, {"a.txt": "line\n" * 500}, max_tokens=100)
     assert "95 train and 5 val tokens of 1 and 1 documents" in capsys.readouterr().out
-    data = open_dataset(prepared(tmp_path, many(200), val_fraction=0.1, max_tokens=600), 8, 320)
-    assert (len(data.train), len(data.val)) == (540, 60)
 
 
 @pytest.mark.parametrize("failure, code, words", [
@@ -1196,8 +1184,7 @@ def test_texts_that_make_no_two_splits_are_refused(tmp_path, texts, part):
      "KeyError: 'sha256'")])
 def test_a_damaged_data_set_is_refused(corpus, damage, part):
     damage(corpus)
-    with pytest.raises(ValueError, match=f"{part}.* move it away and make one"):
-        open_dataset(corpus, 8, 320)
+    assert re.search(f"{part}.* move it away and make one", refusal(open_dataset, corpus, 8, 320))
 
 
 BATCH = dict(seed=1, step=2, batch_size=4, block_size=16)
@@ -1269,16 +1256,11 @@ def test_load_std_and_violation_are_zero_for_an_even_load_and_greatest_for_one_e
 
 
 def test_spearman_is_one_for_a_rising_function_minus_one_for_a_falling_nan_for_a_constant():
-    torch.manual_seed(0)
-    a = torch.randn(100, 3, dtype=torch.double)
-    b = torch.stack([a[:, 0].exp(), -a[:, 1] ** 3, torch.ones(100)], dim=1)
-    assert spearman(a, b).tolist() == pytest.approx([1, -1, math.nan], nan_ok=True)
-
-
-def test_spearman_with_ties_matches_a_hand_computed_value():
-    a = torch.tensor([1.0, 2, 2, 3])[:, None]  # ranks 0, 1.5, 1.5, 3
-    b = torch.tensor([1.0, 3, 2, 4])[:, None]  # ranks 0, 2, 1, 3
-    assert spearman(a, b).item() == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    a = torch.tensor([1.0, 2, 2, 3])                # ranks 0, 1.5, 1.5, 3
+    b = torch.stack([a.exp(), -a ** 3, torch.ones(4), torch.tensor([1.0, 3, 2, 4])], dim=1)
+    by_hand = 4.5 / math.sqrt(4.5 * 5)              # of the last one: its ranks are 0, 2, 1, 3
+    assert spearman(a[:, None].expand(4, 4), b).tolist() == pytest.approx(
+        [1, -1, math.nan, by_hand], nan_ok=True)
 
 
 def test_coupling_by_rank_falls_where_activation_follows_the_score_and_is_flat_where_it_does_not():
@@ -1301,9 +1283,11 @@ def test_selected_ratio_compares_selected_with_unselected_pairs(indices, ratio):
 def test_alignment_is_that_with_the_top_right_singular_vector_not_with_the_mean_row():
     rows = torch.eye(4, 10)
     w_gate = torch.stack([5 * rows, -5 * rows, rows[[1, 2, 3, 0]]], dim=1)  # mean row: another's
-    matched, mismatched = analyze.alignment(rows, w_gate)                # (4, 10), (4, 3, 10)
-    assert matched.item() == pytest.approx(1) and mismatched.item() == pytest.approx(0, abs=1e-6)
-    assert analyze.alignment(rows[:1], w_gate[:1])[1].isnan()
+    directions = rows + torch.eye(10)[1] * torch.tensor([1.0, 0, 0, 0])[:, None]
+    matched, mismatched = analyze.alignment(directions, w_gate)          # (4, 10), (4, 3, 10)
+    # the first direction lies half way between the vectors of its own expert and of the second
+    assert matched.item() == pytest.approx((3 + 0.5**0.5) / 4)
+    assert mismatched.item() == pytest.approx(0.5**0.5 / 12, abs=1e-6)
 
 
 def test_unrouted_gradient_share_of_a_hand_made_gradient():
@@ -1388,13 +1372,10 @@ def test_groups_look_different_in_colour_or_marker_however_many_there_are():
     assert groups[0].style["color"] == analyze.ROUTER_STYLES["aux"][0]
 
 
-def test_the_table_marks_a_run_short_of_its_steps():
-    table = analyze.markdown_table([("a", [a_run()]), ("b", [a_run(step=3)])])
-    assert [line.split(" | ")[3] for line in table.splitlines()[2:]] == ["6", "3 of 6, unfinished"]
-
-
-def test_of_a_value_that_one_seed_lacks_there_is_no_mean():
-    assert analyze.mean_and_spread([{"x": 1.0}, {"x": None}], "x") == "–"
+def test_the_table_marks_a_run_short_of_its_steps_and_has_no_mean_where_one_seed_lacks_a_value():
+    rows = [("a", [a_run()]), ("b", [a_run(step=3), a_run() | {"perplexity": None}])]
+    cells = [line.split(" | ") for line in analyze.markdown_table(rows).splitlines()[2:]]
+    assert [row[3:5] for row in cells] == [["6", "4"], ["3 of 6, unfinished", "–"]]
 
 
 def test_one_line_names_every_setting_in_which_the_runs_differ():
@@ -1447,10 +1428,12 @@ def test_a_layer_is_what_router_and_experts_do_whatever_the_batches():
     batches = [(idx[:1], targets[:1]), (idx[1:], targets[1:])]
     ids, layers = observe_layers(model, batches, torch.ones(2, 8), torch.zeros(2))
     assert torch.equal(ids, idx.flatten())
-    for block, layer, [(x, routing)] in zip(model.blocks, layers, seen):
-        assert torch.equal(layer.indices, routing.indices) and layer.w_up is not None
-        torch.testing.assert_close(layer.scores, routing.scores)
-        torch.testing.assert_close(layer.x, x)
+    for depth, (block, layer, [(x, routing)]) in enumerate(zip(model.blocks, layers, seen)):
+        moe = block.moe
+        assert layer.depth == depth and torch.equal(layer.indices, routing.indices)
+        torch.testing.assert_close(
+            (layer.directions, layer.w_gate, layer.w_up, layer.x, layer.scores),
+            (moe.router.directions, moe.w_gate, moe.w_up, x, routing.scores))
 
 
 def test_activations_are_norms_over_neurons_before_and_after_the_silu_and_of_the_product():
@@ -1463,34 +1446,12 @@ def test_activations_are_norms_over_neurons_before_and_after_the_silu_and_of_the
     torch.testing.assert_close(shifted[:, 3], (a + 1).norm(dim=1))
 
 
-class OwnRouter(ROUTERS["aux"]):
-    """The same router, but its parameter is not called `weight`."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.rows = self._parameters.pop("weight")
-
-    directions = property(lambda self: self.rows)
-
-    def score(self, x):
-        logits = x @ self.rows.t()
-        return logits, logits.softmax(-1)
-
-
-def test_an_own_routers_gradient_is_measured_whatever_its_parameter_is_called(monkeypatch):
-    monkeypatch.setitem(ROUTERS, "own", OwnRouter)
-    own, aux = make_model(router="own").eval(), make_model(router="aux").eval()
-    for mine, other in zip(own.parameters(), aux.parameters()):
-        mine.data.copy_(other.data)
-    assert torch.equal(*(analyze.gradient_shares(model, *tokens()) for model in (own, aux)))
-    for router in own.routers():  # rows that no gradient moves
-        router.rows.requires_grad_(False)
-    assert analyze.gradient_shares(own, *tokens()).isnan().all()
-    for router in own.routers():  # nor logits that no gradient reaches
-        router.rows.requires_grad_(True)
+def test_where_no_gradient_reaches_the_logits_there_is_no_share(monkeypatch):
+    model = make_model(router="aux").eval()
+    for router in model.routers():
         monkeypatch.setattr(router, "score", lambda x, score=router.score: tuple(
             value.detach() for value in score(x)))
-    assert analyze.gradient_shares(own, *tokens()).isnan().all()
+    assert analyze.gradient_shares(model, *tokens()).isnan().all()
 
 
 # ---------------------------------------------------------------- the command, end to end
@@ -1529,13 +1490,6 @@ def analysis(workplace):
 def analyze_in(folder, *flags):
     with inside(folder):
         analyze.main([str(flag) for flag in flags])
-
-
-def change_checkpoint(source, folder, **changes):
-    """A copy of a run with other entries in its checkpoint."""
-    folder.mkdir(parents=True)
-    torch.save(torch.load(source / "ckpt.pt") | changes, folder / "ckpt.pt")
-    return folder
 
 
 def test_without_arguments_every_run_has_every_metric_with_its_value_by_layer(analysis):
@@ -1593,10 +1547,11 @@ def test_a_single_expert_gives_null_where_there_is_nothing_to_compare(workplace,
 
 def test_broken_runs_get_a_sentence_each_and_the_others_are_done(workplace, tmp_path):
     source = workplace / "out" / "aux-1"
-    checkpoint = torch.load(source / "ckpt.pt")
-    change_checkpoint(source, tmp_path / "own", config=checkpoint["config"] | {"router": "mine"})
+    for name in ("own", "aux-1"):
+        shutil.copytree(source, tmp_path / name)
+    with changed_checkpoint(tmp_path / "own") as state:
+        state["config"]["router"] = "mine"
     (tmp_path / "a.json").write_text("{}[")
-    shutil.copytree(source, tmp_path / "aux-1")
     broken = (tmp_path / name for name in ("own", "a.json", "missing", "aux-1"))
     done = run_script("analyze.py", source, *broken, "--tokens=64", f"--out_dir={tmp_path}",
                       cwd=workplace)
@@ -1621,27 +1576,35 @@ def test_a_bug_in_an_own_router_leaves_out_its_run_with_a_traceback(
     assert "| aux-1 | aux |" in printed.out
 
 
-def test_a_run_that_the_code_does_not_repeat_and_one_that_changed_are_named(
+def test_a_run_that_the_code_does_not_repeat_and_one_that_changed_are_named_and_home_is_found(
         workplace, tmp_path, monkeypatch, capsys):
-    shutil.copytree(workplace / "out/kmeans-1", tmp_path / "more")
-    now = model.code_of("kmeans")
+    shutil.copytree(workplace / "out/lossfree-1", tmp_path / "more")
+    shutil.copytree(workplace / "out/aux-1", tmp_path / "shifted")
+    with changed_checkpoint(tmp_path / "shifted") as state:
+        state["evaluation"]["objective"] += 0.01
+    now = model.code_of("lossfree")
     monkeypatch.setattr(train, "code_of", lambda router: now | {"code": "edited"})
     with inside(workplace):
         train.main([f"--out_dir={tmp_path}/more", "--resume", "--max_iters=9"])
-    kmeans = ROUTERS["kmeans"]
-    monkeypatch.setattr(kmeans, "score", lambda self, x, score=kmeans.score: tuple(
+    lossfree = ROUTERS["lossfree"]
+    monkeypatch.setattr(lossfree, "score", lambda self, x, score=lossfree.score: tuple(
         -value for value in score(self, x)))
+    monkeypatch.setenv("HOME", str(tmp_path))
     capsys.readouterr()
-    analyze_in(workplace, "out/aux-1", "out/kmeans-1", tmp_path / "more", "--tokens=64",
-               f"--out_dir={tmp_path}")
+    analyze_in(workplace, "out/aux-1", "out/lossfree-1", "~/more", "~/shifted", "--tokens=64",
+               "--out_dir=~/it")
     out, err = capsys.readouterr()
     assert re.findall(r"^(\S+) is not repeated: the code", out, re.MULTILINE) == [
-        "kmeans-1", "more"] and err == ""
+        "lossfree-1", "more", "shifted"] and err == ""
     changes = f"max_iters was 6 until step 6, code was {now['code']} until step 6."
     assert f"more changed on its way: {changes}" in out
     assert "aux-1 changed" not in out
-    assert analyze.group_runs(json.loads((tmp_path / "metrics.json").read_text()))[1].label == (
-        "kmeans-1 (not repeated)")
+    runs = json.loads((tmp_path / "it/metrics.json").read_text())
+    assert analyze.group_runs(runs)[1].label == "lossfree-1 (not repeated)"
+    assert "lossfree-1 (not repeated), shifted (not repeated)), edited (more" in out
+    # an edit may have changed gradients and nothing else
+    assert [run["unrouted_gradient_share"] is None for run in runs.values()] == [
+        False, False, True, False]
 
 
 def test_seeds_with_other_evaluation_steps_are_one_curve_at_those_that_they_share():
@@ -1673,19 +1636,6 @@ def test_the_text_of_four_groups_is_shown_and_a_sentence_says_that_there_are_mor
     analyze.draw_experts(fig, analyze.group_runs(runs))
     assert fig.add_subplot.call_count == 4 + 1  # and the list of favourite tokens
     assert "experts.png shows the first four of 5" in capsys.readouterr().err
-
-
-def test_a_run_of_other_code_is_named_has_no_gradient_share_and_the_home_folder_is_found(
-        workplace, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    change_checkpoint(workplace / "out" / "aux-1", tmp_path / "edited-1", code="other")
-    done = run_script("analyze.py", "out/aux-1", "~/edited-1", "--tokens=64", "--out_dir=~/result",
-                      cwd=workplace)
-    runs = json.loads((tmp_path / "result" / "metrics.json").read_text())
-    assert not (workplace / "~").exists()
-    # an edit may have changed gradients and nothing else
-    assert [run["unrouted_gradient_share"] is None for run in runs.values()] == [False, True]
-    assert re.search(r" code \w{12} \(aux-1\), other \(edited-1\)", done.stdout)
 
 
 # ---------------------------------------------------------------- any mixture of experts
@@ -1801,17 +1751,12 @@ def test_nearly_even_gates_are_not_taken_for_those_of_other_logits():
     chosen, indices = logits.topk(8)                                                   # (N, K) each
     gates = chosen.softmax(-1)
     assert analyze.router_scores(logits, indices, gates).equal(logits.softmax(-1))
-    with pytest.raises(ValueError, match="how it routes is not known here"):
-        analyze.router_scores(others, indices, gates)
+    assert "how it routes is not known" in refusal(analyze.router_scores, others, indices, gates)
 
 
 def as_qwen3_moe(model):
     """Our model as transformers' Qwen3-MoE: the block is the same, the names are not."""
-    c = model.config
-    twin = make_hf("qwen3_moe", vocab_size=c.vocab_size, hidden_size=c.n_embd, head_dim=8,
-                   num_hidden_layers=c.n_layer, num_attention_heads=c.n_embd // 8,
-                   num_key_value_heads=c.n_embd // 8, num_experts=c.n_expert,
-                   num_experts_per_tok=c.top_k, moe_intermediate_size=c.d_expert)
+    twin = make_hf("qwen3_moe")
     state = {"model.embed_tokens.weight": model.embed.weight, "lm_head.weight": model.head.weight,
              "model.norm.weight": model.norm.weight}
     for i, block in enumerate(model.blocks):
@@ -1830,19 +1775,21 @@ def as_qwen3_moe(model):
 
 
 @NEEDS_TRANSFORMERS
-def test_one_of_our_models_as_a_qwen3_moe_checkpoint_is_observed_as_the_same(tmp_path):
-    model = make_model(router="aux", vocab_size=256, n_head=4)
+def test_our_transformer_is_qwen3_moe_and_its_checkpoint_is_observed_as_our_run(tmp_path):
+    model = make_model(router="aux", vocab_size=256, n_head=4, n_layer=3)
     for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.2)
-    run = observe_hf(save_hf(tmp_path, as_qwen3_moe(model)))
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    twin = as_qwen3_moe(model)
+    run = observe_hf(save_hf(tmp_path, twin))
     idx = run.tokens.view(-1, T)
-    _, layers = observe_layers(model.eval(), [(idx, idx)], torch.zeros(2, E), torch.zeros(2))
+    close(twin(idx).logits, model(idx, idx)[0])
+    _, layers = observe_layers(model.eval(), [(idx, idx)], torch.zeros(3, E), torch.zeros(3))
     for ours, theirs in zip(layers, run.layers, strict=True):
-        assert ours.depth == theirs.depth and ours.indices.equal(theirs.indices)
-        for name in ("directions", "w_gate", "x", "scores"):
-            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4,
-                                       atol=1e-4)
+        assert ours.depth == theirs.depth
+        for name in ("directions", "w_gate", "x", "scores", "indices"):
+            close(getattr(ours, name), getattr(theirs, name))
 
 
 @NEEDS_TRANSFORMERS
@@ -1886,9 +1833,7 @@ def test_what_is_no_whole_mixture_of_experts_is_one_sentence(
     save_hf(tmp_path / "model", make_hf(kind, **changes))
     if damage:
         damage(tmp_path / "model")
-    with pytest.raises(ValueError, match=sentence) as caught:
-        observe_hf(tmp_path / "model")
-    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+    assert re.search(sentence, refusal(observe_hf, tmp_path / "model"))
 
 
 def test_without_transformers_a_sentence_says_how_to_get_it(monkeypatch):
@@ -2040,7 +1985,6 @@ def test_the_readmes_router_trains_and_goes_on_and_is_analyzed_by_the_commands_t
     code = re.search(r"```python\n(# my_router\.py.*?)```", README, re.DOTALL)[1]
     Path("my_router.py").write_text(code)
     done = python("train.py", *TOY, "--router=my_router", "--max_iters=3")
-    assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("next: python analyze.py out/my_router\n")
     Path("my_router.py").write_text(code + "# edited")
     done = python("train.py", "--router=my_router", "--resume", "--max_iters=4")
@@ -2048,13 +1992,12 @@ def test_the_readmes_router_trains_and_goes_on_and_is_analyzed_by_the_commands_t
     Path("my_router.py").write_text(code)
     # the table has a dash
     done = python("analyze.py", "out/my_router", env={"PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0, done.stderr
     assert "is not repeated" not in done.stdout  # a comment changes no number
     metrics = json.loads(Path("out/analysis/metrics.json").read_text())["my_router"]
     assert metrics["unrouted_gradient_share"] is None and metrics["perplexity"] > 0
     Path("my_router.py").unlink()
     assert "the name of a Python module beside model.py" in python(
-        "model.py", "out/my_router").stderr.splitlines()[-1]
+        "model.py", "out/my_router", code=2).stderr.splitlines()[-1]
 
 
 def test_the_numbers_of_the_results_page_are_those_of_its_metrics_json():
