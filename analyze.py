@@ -61,9 +61,8 @@ class Layer(NamedTuple):
     x: Tensor             # (N, C) hidden states
     scores: Tensor        # (N, E) of every expert for every token, before any selection bias
     indices: Tensor       # (N, K) the selected experts, best first
-    load: Tensor          # (E) tokens that each expert got: of these N or, for a run, of those in
-                          # its last evaluation
-    gradient_share: Tensor | None  # () unrouted_gradient_share, on one batch; None with --hf
+    load: Tensor          # (E) tokens that each expert got; of a run: in its last evaluation
+    gradient_share: Tensor  # () unrouted_gradient_share, on one batch; nan with --hf
 
 
 class Observed(NamedTuple):
@@ -264,9 +263,8 @@ def layer_metrics(layer: Layer, tokens: Tensor) -> dict[str, Tensor]:
         "selected_ratio": selected_ratio(activations[0], layer.indices),
         "alignment_matched": matched, "alignment_mismatched": mismatched,
         "token_information": token_information(tokens, first, E),
-        "expert_entropy": entropy(torch.bincount(first, minlength=E))}
-    if layer.gradient_share is not None:
-        metrics["unrouted_gradient_share"] = layer.gradient_share
+        "expert_entropy": entropy(torch.bincount(first, minlength=E)),
+        "unrouted_gradient_share": layer.gradient_share}
     for suffix, values in zip(("", "_silu", "_swiglu"), activations):
         # an expert with a constant score or activation has no correlation and does not count
         metrics["coupling_spearman" + suffix] = spearman(layer.scores, values).nanmean()
@@ -287,8 +285,8 @@ def favourite_tokens(tokens: Tensor, experts: Tensor, E: int, text_of) -> list[l
 
 def text_lines(tokens: Tensor, experts: Tensor, text_of, T: int) -> list[list]:
     """tokens, experts (N) of sequences of length T -> eight lines, if possible of mostly letters:
-    lists of [text of a token, its expert]. A line ends at a line end or at WIDTH characters;
-    those that a sequence's ends cut are passed over."""
+    lists of [text of a token, its expert]. A line ends at a line end or at WIDTH characters; those
+    cut by the ends of a sequence are passed over."""
     lines = []
     for ids, chosen in zip(tokens.split(T), experts.split(T)):
         own, line, chars = [], [], ""
@@ -392,7 +390,7 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
     settings, found = [experiment(group.runs[0]) for group in groups], {}
     for key in dict.fromkeys(chain(*settings)):
         for group, own in zip(groups, settings):
-            # a model of --hf, which has no max_iters, lacks all settings of a training: not named
+            # that an --hf model (no max_iters) lacks the settings of a training goes without saying
             if key in own or "max_iters" in own:
                 value = str(own.get(key, "–"))
                 found.setdefault(key, {}).setdefault(value, []).append(group.label)
@@ -401,8 +399,8 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
 
 def group_runs(runs: dict[str, dict]) -> list[Group]:
     """The groups, in the order of their first runs. The label of one run is its name, that of
-    several NAME or, where two groups have that NAME, like NAME-1,3. Marked in every figure is
-    what was stopped early, and what was not repeated (see observe_run)."""
+    several NAME or, where two groups have that NAME, like NAME-1,3. It also says if a run was
+    stopped early or not repeated (see observe_run)."""
     found = {}
     for name, run in runs.items():
         base = name.removesuffix(f"-{run['seed']}")
@@ -795,7 +793,7 @@ def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor
         corpus = "".join(read_text(os.path.expanduser(text)))
     else:
         corpus = "".join(piece for split, piece in open_corpus("stdlib") if split == "val")
-    T = min(T, n_tokens)
+    T = wanted = min(T, n_tokens)
     cuts = np.linspace(0, len(corpus), -(-n_tokens // T) + 1, dtype=int).tolist()
     # a tokenizer encodes all before it truncates, so cut first: 64 characters a token are enough
     rows = [tokenizer(corpus[start:end][:64 * (T + 1)], truncation=True,
@@ -803,6 +801,8 @@ def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor
     T = min(map(len, rows)) - 1
     if T < 1:
         raise ValueError(f"the text is too short for {n_tokens} tokens; name another --text.")
+    if T < wanted:
+        warn(f"The text is short: it is read in sequences of {T} tokens, not of {wanted}.")
     return torch.tensor([row[:T + 1] for row in rows])
 
 
@@ -840,7 +840,7 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
         best = scores.gather(1, indices).argsort(dim=1, descending=True, stable=True)  # (N, K)
         load = torch.bincount(indices.flatten(), minlength=scores.shape[1])  # (E)
         layers.append(Layer(mixture.depth, mixture.directions, mixture.w_gate, None, mixture.b_gate,
-                            x, scores, indices.gather(1, best), load, None))
+                            x, scores, indices.gather(1, best), load, torch.tensor(math.nan)))
 
     def text_of(token: int) -> str:  # alone, a sentencepiece token loses the space before it
         raw = str(tokenizer.convert_ids_to_tokens(token))
@@ -981,8 +981,10 @@ def main(argv: list[str]) -> None:
         if not runs:
             raise ValueError("no run is left to analyze.")
         groups = group_runs(runs)
-        print_table(runs, groups)
-        write_metrics(runs, path)
+        try:
+            print_table(runs, groups)
+        finally:  # who reads it may be gone: no reason to lose the numbers
+            write_metrics(runs, path)
         try:
             figures = draw_figures(groups, path.parent)
         except ImportError:

@@ -139,7 +139,7 @@ class Experts(torch.autograd.Function):
     def forward(ctx, x, indices, gates, w_gate, w_up, w_down):
         order, inverse, ends = sort_by_expert(indices, len(w_gate))      # (N*K), (N, K), (E)
         token = order // gates.shape[1]                                  # (N*K) t of t * K + k
-        xs = x.index_select(0, token)                                    # (N*K, C) dispatch: to each row its x
+        xs = x.index_select(0, token)                                    # (N*K, C) dispatch
         gate = gates.flatten()[order, None].to(x.dtype)                  # (N*K, 1)
         a = grouped_mm(xs, w_gate.transpose(1, 2), offs=ends)            # (N*K, H) experts
         b = grouped_mm(xs, w_up.transpose(1, 2), offs=ends)              # (N*K, H)
@@ -159,8 +159,8 @@ class Experts(torch.autograd.Function):
         dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
         # forward: y = W_down u with u = gate * h, so the gradient at u is W_down^T dy
         du = grouped_mm(dys, w_down, offs=ends)                          # (N*K, H)
-        # d_i of the README: du . h = dy . (W_down h), as no gate is in du yet. From the gates
-        # autograd goes on to the logits and, times x_t, to the router rows
+        # the gradient at the gate of u = gate * h, d_i of the README: du . h = dy . (W_down h).
+        # From the gates autograd goes on to the logits and, times x_t, to the router rows
         dgates = (du * h).sum(1, dtype=torch.float32)[inverse]           # (N, K)
         dh = gate * du                                                   # (N*K, H)
         da = torch.ops.aten.silu_backward(dh * b, a)                     # (N*K, H) dh b silu'(a)
@@ -378,8 +378,8 @@ class SMoETransformer(nn.Module):
 
 @contextmanager
 def watch(modules):
-    """Yields a list for each of the modules, to which every forward pass adds what it got and gave:
-    for a router (x (N, C), Routing)."""
+    """Yields a list for each of the modules, to which its every call adds inputs and output: for a
+    router (x (N, C), Routing)."""
     seen = [[] for _ in modules]
     with ExitStack() as hooks:  # it removes them
         for module, calls in zip(modules, seen):
@@ -448,9 +448,8 @@ def expert_activations(x: Tensor, w_gate: Tensor, w_up: Tensor | None = None,
     columns = []
     for i, w in enumerate(w_gate):
         a = F.linear(x, w.float(), None if b_gate is None else b_gate[i].float())  # (N, H)
-        values = [a]
-        if w_up is not None:
-            values += [F.silu(a), F.silu(a) * F.linear(x, w_up[i].float())]  # (N, H) each
+        values = [a] if w_up is None else [
+            a, F.silu(a), F.silu(a) * F.linear(x, w_up[i].float())]      # (N, H) each
         columns.append(torch.stack([v.norm(dim=-1) for v in values]))    # (1 or 3, N)
     return torch.stack(columns, dim=-1)
 
@@ -472,8 +471,8 @@ def spearman(a: Tensor, b: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- the files of a run
 
-# settings that change no number but by rounding: a --resume may be given others, and runs that
-# differ in these alone are one experiment
+# settings that change no number but by rounding: --resume may change them, and runs that differ in
+# these alone are one experiment
 INCIDENTAL = {"out_dir", "device", "compile", "resume", "overwrite", "eval_interval",
               "log_interval"}
 

@@ -159,12 +159,11 @@ def read_documents(paths, val_fraction):
 
 def read_single(path, val_fraction):
     """Yields the documents of the only file: the first 1 - val_fraction of its characters are train
-    and the rest val. The cut moves on to a line end, if its piece has one before its end."""
+    and the rest val. The cut moves on behind the next line end, unless that ends the piece."""
     left = int(sum(map(len, read_text(path))) * (1 - val_fraction))  # characters of train
     for text in read_text(path):
         cut = max(0, min(left, len(text)))
-        # from cut - 1 on: a cut right behind a line end may stay. Not the last character: if the
-        # piece is the last one, val would be empty
+        # cut - 1: a cut right behind a line end may stay; -1: in the last piece val would be empty
         if cut and (line_end := text.find("\n", cut - 1, -1)) >= 0:
             cut = line_end + 1
         yield "train", text[:cut]

@@ -927,6 +927,10 @@ def test_a_folder_that_holds_a_run_or_is_in_use_by_one_is_refused(workdir):
     assert "out/a already holds a run; pass --resume" in refusal(run_train, "--out_dir=out/a")
     os.remove("out/a/ckpt.pt")  # the log alone is worth something, but nothing to go on from
     assert "already holds a run; pass --overwrite" in refusal(run_train, "--out_dir=out/a")
+    with mock.patch.object(train, "train_step", side_effect=MemoryError), pytest.raises(
+            MemoryError):
+        run_train("--out_dir=out/b")
+    run_train("--out_dir=out/b", "--batch_size=1")  # a first step that failed leaves no run
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -1803,13 +1807,15 @@ def test_a_bfloat16_model_keeps_its_weights_and_is_measured_in_float32(tmp_path)
 
 
 @NEEDS_TRANSFORMERS
-def test_text_is_read_in_sequences_that_are_evenly_spaced(tmp_path):
+def test_text_is_read_in_sequences_that_are_evenly_spaced(tmp_path, capsys):
     text = save_hf(tmp_path, make_hf("olmoe")) / "text.txt"
     text.write_text("".join(chr(ord("a") + i) * 40 for i in range(8)))
     run = observe_hf(tmp_path)
     assert "".join(map(run.text_of, run.tokens.tolist())) == "".join(c * T for c in "abcdefgh")
+    assert "is short" not in capsys.readouterr().err
     text.write_text("a short text\n")
     assert len(observe_hf(tmp_path, n_tokens=T).tokens) == 12
+    assert "is read in sequences of 12 tokens, not of 16" in capsys.readouterr().err
 
 
 def with_one_layer_more(folder):
@@ -1937,6 +1943,14 @@ def test_an_analysis_without_room_prints_its_table_and_leaves_the_last_one_as_it
         analyze.main([str(analysis[1] / "metrics.json"), f"--out_dir={tmp_path}"])
     assert "| kmeans-1 |" in capsys.readouterr().out
     assert (tmp_path / "metrics.json").read_text() == "mine"
+
+
+def test_an_analysis_whose_table_nobody_reads_any_more_keeps_its_numbers(
+        analysis, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze, "print_table", mock.Mock(side_effect=BrokenPipeError))
+    with pytest.raises(BrokenPipeError):
+        analyze.main([str(analysis[1] / "metrics.json"), f"--out_dir={tmp_path}"])
+    assert set(json.loads((tmp_path / "metrics.json").read_text())) == set(analysis[2])
 
 
 def test_two_analyses_cannot_write_into_one_folder_at_once(analysis, workplace):

@@ -460,9 +460,11 @@ def stop_requests():
 
 def claim(c: TrainConfig):
     """-> a locked file: until it is closed, no other run can be in out_dir. Raises ValueError if
-    one is in it or, without --resume or --overwrite, has been in it."""
+    another process runs in it or, without --resume or --overwrite, if it holds a run."""
     out_dir = Path(c.out_dir)
     names = [name for name in ("ckpt.pt", "log.jsonl") if (out_dir / name).exists()]
+    if names == ["log.jsonl"] and (out_dir / "log.jsonl").read_bytes().count(b"\n") < 2:
+        names = []  # a start that failed, as for want of memory, before its first step was logged
     if names and not (c.resume or c.overwrite):
         go_on = "--resume to go on with it, " if "ckpt.pt" in names else ""
         raise ValueError(f"{out_dir} already holds a run; pass {go_on}--overwrite to start anew, "
@@ -497,8 +499,8 @@ def keep_claim(lock_file, c: TrainConfig):
 
 
 def open_data(c: TrainConfig, machine: Machine):
-    """-> the Dataset in data/<dataset>, with --resume the one that the run was trained on; stdlib
-    and python, which every machine has, are prepared here if they are missing."""
+    """-> the Dataset in data/<dataset>; with --resume it must be that which the run was trained on.
+    stdlib and python, which every machine has, are prepared here if they are missing."""
     folder = Path("data", c.dataset)
     if c.dataset in ("stdlib", "python") and not folder.exists() and machine.rank == 0:
         try:
