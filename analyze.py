@@ -93,12 +93,12 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     model.to(device).eval()
     with torch.autocast(torch.device(device).type, torch.bfloat16,
                         enabled=config["dtype"] == "bfloat16"):  # as train.py does it
-        coupling, objective = probe(model, batches(2048, size=1))
+        agreement, objective = probe(model, batches(2048, size=1))
     # does the code, as it is now, compute what the run noted? (Rounding, in bfloat16 too, moves
     # less than this.)
     noted = evaluation["coupling_spearman"]  # None: one expert
     repeated = (abs(objective - evaluation["objective"]) < 0.004
-                and (noted is None or abs(coupling.nanmean().item() - noted) < 0.001))
+                and (noted is None or abs(agreement.nanmean().item() - noted) < 0.001))
     code = {key: checkpoint[key] for key in ("code", "router_code")}
     shares = gradient_shares(model, *batches(1024)[0])                   # (n_layer)
     if code != code_of(c.router):  # after an edit an equal loss does not prove equal gradients

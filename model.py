@@ -159,7 +159,7 @@ class Experts(torch.autograd.Function):
         dys = dy.to(x.dtype).index_select(0, token)                      # (N*K, C)
         # forward: y = W_down u with u = gate * h, so the gradient at u is W_down^T dy
         du = grouped_mm(dys, w_down, offs=ends)                          # (N*K, H)
-        # the gradient at the gate of u = gate * h, d_i of the README: du . h = dy . (W_down h).
+        # u = gate * h: so the gradient at the gate, d_i of the README, is du . h = dy . (W_down h).
         # From the gates autograd goes on to the logits and, times x_t, to the router rows
         dgates = (du * h).sum(1, dtype=torch.float32)[inverse]           # (N, K)
         dh = gate * du                                                   # (N*K, H)
@@ -395,23 +395,23 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def probe(model: SMoETransformer, batches) -> tuple[Tensor, float]:
-    """batches of idx and targets (B, T) -> coupling, objective. coupling (n_layer): in each layer
+    """batches of idx and targets (B, T) -> agreement, objective. agreement (n_layer): in each layer
     the rank correlation over tokens of router score and activation ||W_gate x||, mean over experts
     (coupling_spearman). objective: the mean of loss + aux_loss. A checkpoint notes the objective
-    and the mean of coupling over layers; analyze.py computes both again, to see whether the code
+    and the mean of agreement over layers; analyze.py computes both again, to see whether the code
     still does what it did. Call it in eval mode."""
     torch.manual_seed(0)  # a router of your own that draws random numbers draws the same again
     with watch(model.routers()) as seen:
         losses = [sum(model(idx, targets)[1:]).item() for idx, targets in batches]
-    coupling = []
+    agreement = []
     # the model may run in bfloat16, but the norms are measured in float32, as in analyze.py
     with torch.autocast(model.head.weight.device.type, enabled=False):
         for block, calls in zip(model.blocks, seen):
             x = torch.cat([x for x, _ in calls]).float()                 # (N, C)
             scores = torch.cat([routing.scores for _, routing in calls])  # (N, E)
             activation = expert_activations(x, block.moe.w_gate)[0]      # (N, E)
-            coupling.append(spearman(scores, activation).nanmean())
-    return torch.stack(coupling), sum(losses) / len(losses)
+            agreement.append(spearman(scores, activation).nanmean())
+    return torch.stack(agreement), sum(losses) / len(losses)
 
 
 def load_balance(load: Tensor) -> tuple[Tensor, Tensor]:

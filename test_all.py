@@ -554,14 +554,14 @@ def test_the_log_has_one_object_a_step_and_the_metrics_at_evaluations_from_step_
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_the_coupling_that_is_logged_is_the_rank_correlation_of_score_and_activation(bfloat16):
+def test_the_agreement_that_is_logged_is_the_rank_correlation_of_score_and_activation(bfloat16):
     model, batch = make_model(router="none").eval(), tokens(batch=8)
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16), watch(model.routers()) as seen:
-        coupling, objective = probe(model, [batch])
+        agreement, objective = probe(model, [batch])
     x, routing = seen[1][0]
     activations = [(x.float() @ w.t()).norm(dim=1) for w in model.blocks[1].moe.w_gate]
     expected = spearman(routing.scores, torch.stack(activations, dim=1)).mean()
-    assert coupling[1].item() == pytest.approx(expected.item(), abs=1e-6)
+    assert agreement[1].item() == pytest.approx(expected.item(), abs=1e-6)
     if not bfloat16:
         assert objective == pytest.approx(sum(model(*batch)[1:]).item())
 

@@ -277,7 +277,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
                 for load, calls in zip(loads, seen):
                     _, routing = calls.pop()  # and forget it: memory stays flat
                     load += torch.bincount(routing.indices.flatten(), minlength=c.n_expert)
-        coupling, objective = probe(model, eval_batches(data, 2048, batch_size=1, **where))
+        agreement, objective = probe(model, eval_batches(data, 2048, batch_size=1, **where))
     model.train()
     loads = sum_over_processes(loads).cpu()                                           # (n_layer, E)
     loss, n = sum_over_processes(sums).tolist()
@@ -286,7 +286,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
     similarity = torch.stack([router_similarity(r.directions)[0] for r in model.routers()])
     metrics = {"val_loss": val_loss, "perplexity": perplexity(val_loss),
                "load_std": load_std.mean().item(), "max_violation": max_violation.mean().item(),
-               "router_similarity": mean(similarity), "coupling_spearman": mean(coupling),
+               "router_similarity": mean(similarity), "coupling_spearman": mean(agreement),
                "val_tokens": int(n)}
     return metrics, metrics | {"load": loads, "objective": objective}
 
