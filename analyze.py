@@ -6,8 +6,8 @@
     python analyze.py --hf=DIR                   # a mixture of experts that transformers can load
 
 Prints a Markdown table, writes metrics.json and the figures to out/analysis/. Three parts, from top
-to bottom: observe (a run -> what its layers do on validation tokens, the only part that knows what
-a run is), measure (pure functions of that), and, from metrics.json alone, group the runs, print the
+to bottom: observe (a run -> what its layers do on validation tokens, the only part that opens
+one), measure (pure functions of that), and, from metrics.json alone, group the runs, print the
 table, draw. Behind them, observe once more: a transformers model.
 
 Shapes: N tokens, C = n_embd, E = n_expert, K = top_k, H = d_expert (expert width).
@@ -42,7 +42,7 @@ from prepare_data import (
     printable, read_text, replacing, visible)
 
 WIDTH = 70  # characters in a line of experts.png
-BAR = dict(leave=False, disable=None)  # of every progress bar; None: on a terminal only
+BAR = dict(leave=False, disable=None)  # of every progress bar; None: shown on a terminal only
 
 
 def warn(sentence: str) -> None:
@@ -60,7 +60,7 @@ class Layer(NamedTuple):
     b_gate: Tensor | None  # (E, H) is added to W_gate x
     x: Tensor             # (N, C) hidden states
     scores: Tensor        # (N, E) of every expert for every token, before any selection bias
-    indices: Tensor       # (N, K) the selected experts, best first
+    indices: Tensor       # (N, K) the selected experts, best first (of a run: with its bias)
     load: Tensor          # (E) tokens that each expert got; of a run: in its last evaluation
     gradient_share: Tensor  # () unrouted_gradient_share, on one batch; nan with --hf
 
@@ -86,7 +86,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     data = open_dataset(Path("data", config["dataset"]), c.block_size, c.vocab_size,
                         checkpoint["sha256"])
 
-    # n tokens in the windows of train.py, about 1,024 of them a batch
+    # n tokens in the windows of train.py, about 1,024 tokens a batch
     def batches(n, size=max(1, 1024 // c.block_size)):
         return list(eval_batches(data, n, block_size=c.block_size, device=device, batch_size=size))
 
@@ -108,7 +108,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
     # runs are averaged over seeds only if this is equal, less what experiment() leaves out. A field
     # that is newer than the run has its default, as in the model
     settings = vars(c) | config | code | {
-        "repeated": "yes" if repeated else "no",
+        "outdated": "no" if repeated else "yes",
         "history": ", ".join(checkpoint["history"]) or "none",  # what a --resume has changed
         "data_sha256": checkpoint["sha256"]["train.bin"][:12],
         "val_sha256": checkpoint["sha256"]["val.bin"][:12]}
@@ -214,8 +214,8 @@ def unrouted_gradient_share(gradient: Tensor, indices: Tensor) -> Tensor:
 
 
 def joint_counts(tokens: Tensor, experts: Tensor, E: int) -> tuple[Tensor, Tensor]:
-    """tokens, experts (N) -> the V different ids (V), how often each met each expert (V, E)."""
-    ids, place = tokens.unique(return_inverse=True)                      # (V), (N)
+    """tokens, experts (N) -> the U different ids (U), how often each met each expert (U, E)."""
+    ids, place = tokens.unique(return_inverse=True)                      # (U), (N)
     return ids, torch.bincount(place * E + experts, minlength=len(ids) * E).view(-1, E).double()
 
 
@@ -228,12 +228,12 @@ def token_information(tokens: Tensor, experts: Tensor, E: int) -> Tensor:
     """tokens, experts (N) -> their mutual information in bits, entropy(token) + entropy(expert) -
     entropy(both). At most entropy(expert); 0 for a router that does not look at the token. Counts
     of N tokens show some information even where there is none; the same computation on shuffled
-    experts estimates how much, and is subtracted. With many rare ids (N not far above V * E) this
+    experts estimates how much, and is subtracted. With many rare ids (N not far above U * E) this
     takes away too much: so compare only results with the same vocabulary and the same N."""
     shuffle = torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
 
     def information(experts):
-        counts = joint_counts(tokens, experts, E)[1]                     # (V, E)
+        counts = joint_counts(tokens, experts, E)[1]                     # (U, E)
         return entropy(counts.sum(1)) + entropy(counts.sum(0)) - entropy(counts)
 
     return information(experts) - information(experts[shuffle.to(experts.device)])
@@ -274,7 +274,7 @@ def layer_metrics(layer: Layer, tokens: Tensor) -> dict[str, Tensor]:
 def favourite_tokens(tokens: Tensor, experts: Tensor, E: int, text_of) -> list[list[str]]:
     """tokens, experts (N) -> for each expert the five tokens with the greatest lift,
     P(expert | token) / P(expert), above 1, of those that occur at least 20 times."""
-    ids, counts = joint_counts(tokens, experts, E)                       # (V), (V, E)
+    ids, counts = joint_counts(tokens, experts, E)                       # (U), (U, E)
     lift = counts / counts.sum(1, keepdim=True) / (counts.sum(0) / counts.sum())
     lift = lift.masked_fill(counts.sum(1, keepdim=True) < 20, 0.0).nan_to_num()
     best = lift.topk(min(5, len(ids)), dim=0)                            # (5, E)
@@ -341,7 +341,7 @@ COLUMNS = {  # header: keys
     "token information, bits (ceiling)": ("token_information", "expert_entropy"),
     "unrouted gradient share": ("unrouted_gradient_share",)}
 # where these differ, perplexities are of different texts
-OTHER_TEXT = {"val_sha256", "block_size", "validation tokens"}
+OTHER_TEXT = {"val_sha256", "block_size", "tokens evaluated"}
 ROUTER_STYLES = {  # colour (Okabe-Ito), line, marker: each tells them apart, in grey too
     "aux": ("#E69F00", "--", "s"), "lossfree": ("#0072B2", "-", "o"),
     "kmeans": ("#009E73", "-.", "^"), "none": ("#000000", ":", "D")}
@@ -375,8 +375,8 @@ def experiment(run: dict) -> dict:
     seed, the preset's name and what changes nothing but rounding."""
     kept = {key: value for key, value in run["settings"].items()
             if key not in INCIDENTAL | {"seed", "config"}}
-    return kept | {"steps done": run["step"], "validation tokens": run["val_tokens"],
-                   "tokens seen": run["tokens"]}
+    return kept | {"steps done": run["step"], "tokens evaluated": run["val_tokens"],
+                   "tokens measured": run["tokens"]}
 
 
 def unfinished(run: dict) -> bool:
@@ -400,7 +400,7 @@ def differing(groups: list[Group]) -> dict[str, dict[str, list[str]]]:
 def group_runs(runs: dict[str, dict]) -> list[Group]:
     """The groups, in the order of their first runs. The label of one run is its name, that of
     several NAME or, where two groups have that NAME, like NAME-1,3. It also says if a run was
-    stopped early or not repeated (see observe_run)."""
+    stopped early or is outdated (see observe_run)."""
     found = {}
     for name, run in runs.items():
         base = name.removesuffix(f"-{run['seed']}")
@@ -414,8 +414,8 @@ def group_runs(runs: dict[str, dict]) -> list[Group]:
         label = members[0] if len(members) == 1 else (
             base if bases.count(base) == 1 else f"{base}-{seeds}")
         first = runs[members[0]]
-        if first["settings"].get("repeated", "yes") != "yes":
-            label += " (not repeated)"
+        if first["settings"].get("outdated", "no") != "no":
+            label += " (outdated)"
         if unfinished(first):
             label += " (unfinished)"
         # the first group of a router has the fixed style
@@ -457,22 +457,23 @@ def differing_settings(groups: list[Group]) -> str:
              for key, of in found.items() if key != "router"]
     line = f"Settings that differ: {'; '.join(parts) or 'none but router or seed'}."
     if OTHER_TEXT & found.keys():
-        line += " So perplexity and token information are of other text or windows: not comparable."
-    elif "tokens seen" in found:
-        line += " So token information, which needs many tokens, is not comparable."
+        line += " So perplexity, of other text or windows, is not comparable."
+    if {"val_sha256", "block_size", "tokens measured"} & found.keys():
+        line += " Token information, of other text or another number of tokens, is not comparable."
     return line
 
 
 def paired_differences(groups: list[Group]) -> list[str]:
-    """Perplexity in per cent, paired by seed, mean difference ± its standard error, for each two
-    groups that share seeds and differ in one setting at most: the later minus the earlier."""
+    """By how many per cent the later group's perplexity is above the earlier's, paired by seed:
+    mean ± standard error, for each two groups that share seeds and differ in one setting at
+    most."""
     lines = []
     for earlier, later in combinations(groups, 2):
         percent = [100 * (x["perplexity"] / y["perplexity"] - 1)
                    for x in later.runs for y in earlier.runs if x["seed"] == y["seed"]]
         # how a run was measured has no part in its perplexity
         different = differing([later, earlier]).keys() - {
-            "repeated", "measured_by", "tokens seen"}
+            "outdated", "measured_by", "tokens measured"}
         if "router" in different:  # a router of your own is a name and its code
             different -= {"router_code"}
         if len(percent) > 1 and len(different) <= 1 and not different & OTHER_TEXT:
@@ -786,18 +787,18 @@ def load_hf(folder: Path, dtype: str) -> tuple:
     return model.eval(), tokenizer
 
 
-def read_sequences(tokenizer, text: str | None, n_tokens: int, T: int) -> Tensor:
-    """-> ids (B, T + 1): sequences of one length, evenly spaced in a text file (None: in the
-    validation documents of the data set stdlib); shorter than T where the text is short."""
-    if text:
-        corpus = "".join(read_text(os.path.expanduser(text)))
+def read_sequences(tokenizer, path: str | None, n_tokens: int, longest: int) -> Tensor:
+    """-> ids (B, T + 1): sequences of one length T, `longest` if the text is long enough, evenly
+    spaced in a text file (None: in the validation documents of the data set stdlib)."""
+    if path:
+        corpus = "".join(read_text(os.path.expanduser(path)))
     else:
         corpus = "".join(piece for split, piece in open_corpus("stdlib") if split == "val")
-    T = wanted = min(T, n_tokens)
-    cuts = np.linspace(0, len(corpus), -(-n_tokens // T) + 1, dtype=int).tolist()
+    wanted = min(longest, n_tokens)
+    cuts = np.linspace(0, len(corpus), -(-n_tokens // wanted) + 1, dtype=int).tolist()
     # a tokenizer encodes all before it truncates, so cut first: 64 characters a token are enough
-    rows = [tokenizer(corpus[start:end][:64 * (T + 1)], truncation=True,
-                      max_length=T + 1)["input_ids"] for start, end in zip(cuts, cuts[1:])]
+    rows = [tokenizer(corpus[start:end][:64 * (wanted + 1)], truncation=True,
+                      max_length=wanted + 1)["input_ids"] for start, end in zip(cuts, cuts[1:])]
     T = min(map(len, rows)) - 1
     if T < 1:
         raise ValueError(f"the text is too short for {n_tokens} tokens; name another --text.")
@@ -960,8 +961,8 @@ def print_table(runs: dict[str, dict], groups: list[Group]) -> None:
     for name, run in runs.items():
         if (history := run["settings"].get("history", "none")) != "none":
             print(f"\n{name} changed on its way: {history}.")
-        if run["settings"].get("repeated", "yes") != "yes":
-            print(f"\n{name} is not repeated: the code that measured it gives another loss or rank "
+        if run["settings"].get("outdated", "no") != "no":
+            print(f"\n{name} is outdated: the code that measured it gives another loss or rank "
                   "correlation than the run noted, so the numbers may be of another router.")
     if len(groups) > 1:
         print("", differing_settings(groups), *paired_differences(groups), sep="\n")

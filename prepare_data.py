@@ -163,7 +163,7 @@ def read_single(path, val_fraction):
     left = int(sum(map(len, read_text(path))) * (1 - val_fraction))  # characters of train
     for text in read_text(path):
         cut = max(0, min(left, len(text)))
-        # cut - 1: a cut right behind a line end may stay; -1: in the last piece val would be empty
+        # from cut - 1: a cut right behind a line end may stay; to -1: val must not end up empty
         if cut and (line_end := text.find("\n", cut - 1, -1)) >= 0:
             cut = line_end + 1
         yield "train", text[:cut]
@@ -401,7 +401,7 @@ def mistake(error):
 @contextmanager
 def replacing(path):
     """Yields a temporary name to write to, then renames that file to `path`: whatever happens,
-    what lies at `path` is whole. OSError: names `path`, as that of a full disk does not."""
+    what lies at `path` is whole. OSError: names `path`; a full disk's own names none."""
     temporary = path.with_suffix(".tmp")
     try:
         yield temporary

@@ -55,7 +55,7 @@ def make_model(seed=0, **changes):
 
 
 def make_layer(**changes):
-    """One SMoE layer with weights of order 1, so that no gradient drowns in rounding."""
+    """One SMoE layer with outputs of order 1, so that no gradient drowns in rounding."""
     torch.manual_seed(0)
     moe = SMoE(Config(**{**SMALL, **changes}))
     for weight in [*moe.parameters(), moe.router.directions]:
@@ -119,7 +119,7 @@ def test_gates_of_a_learned_router_are_its_scores_normalised_over_the_selected(s
 
 
 @pytest.mark.parametrize("score_fn", ["softmax", "sigmoid"])
-def test_auxiliary_loss_is_coef_times_e_times_sum_of_f_and_p_and_the_z_loss_adds_to_it(score_fn):
+def test_auxiliary_loss_is_coef_times_e_times_sum_of_f_p_and_the_z_loss_adds_to_it(score_fn):
     router = make_layer(router="aux", aux_loss_coef=0.5, z_loss_coef=0.25, score_fn=score_fn).router
     routing = router(torch.randn(50, 32))
     p = (routing.scores / routing.scores.sum(1, keepdim=True)).mean(0)
@@ -137,14 +137,14 @@ def test_the_bias_moves_by_the_sign_of_the_load_error(router):
     assert router.load.abs().max() == 0
 
 
-@pytest.mark.parametrize("router", ["lossfree", "kmeans"])
-def test_the_bias_changes_the_selection_and_leaves_the_gates_alone(router):
-    layer, x = make_layer(router=router).router, torch.randn(50, 32)
-    layer.bias[3] = 100.0
-    routing = layer(x)
+@pytest.mark.parametrize("name", ["lossfree", "kmeans"])
+def test_the_bias_changes_the_selection_and_leaves_the_gates_alone(name):
+    router, x = make_layer(router=name).router, torch.randn(50, 32)
+    router.bias[3] = 100.0
+    routing = router(x)
     assert (routing.indices == 3).any(1).all() and routing.aux_loss == 0
     chosen = routing.scores.gather(1, routing.indices)
-    expected = (chosen / 0.1).softmax(1) if router == "kmeans" else F.normalize(chosen, p=1)
+    expected = (chosen / 0.1).softmax(1) if name == "kmeans" else F.normalize(chosen, p=1)
     assert torch.allclose(routing.gates, expected, atol=1e-6)
 
 
@@ -210,7 +210,7 @@ def test_the_definition_is_the_sum_over_the_experts_of_each_token():
         assert torch.allclose(y[t], expected)
 
 
-def careless(a, b, offs, grouped_mm=model.grouped_mm):  # about experts without rows: as on B200
+def careless(a, b, offs, grouped_mm=model.grouped_mm):  # nan for experts without rows: as on B200
     out = grouped_mm(a, b, offs=offs)
     if out.ndim == 3:
         out[offs.diff(prepend=offs.new_zeros(1)) == 0] = math.nan
@@ -540,7 +540,7 @@ def test_a_second_run_that_prepares_the_same_corpus_more_slowly_trains_as_well(
     assert checkpoint_of("out/a")["step"] == 1
 
 
-def test_the_log_has_one_object_a_step_and_the_metrics_at_evaluations_from_step_0_on(workdir):
+def test_the_log_has_an_object_every_log_interval_and_the_metrics_at_evaluations_from_0_on(workdir):
     run_train("--router=aux", "--out_dir=out/a")
     records = read_log("out/a")
     assert [r["step"] for r in records] == [0, 1, 2, 3, 4, 5, 6]
@@ -604,7 +604,7 @@ def test_a_run_that_ctrl_c_interrupts_and_resume_continues_equals_an_uninterrupt
     assert losses("out/a")[4].items() > whole[4].items()
     assert same_state(checkpoint_of("out/a")["model"], checkpoint_of("out/whole")["model"])
     analyze.main(["out/a", "--tokens=64"])
-    assert "is not repeated" not in capsys.readouterr().out
+    assert "is outdated" not in capsys.readouterr().out
 
 
 def test_a_run_knows_the_code_of_the_project_and_of_its_own_router_as_imported_and_no_other(
@@ -1334,7 +1334,7 @@ def a_run(perplexity=4.0, seed=1, step=6, tokens=64, val_tokens=128, **settings)
     """What metrics.json says of a run, as far as the tables need it."""
     settings = {"router": "aux", "seed": seed, "max_iters": 6, "top_k": 2, "z_loss_coef": 0.0,
                 "data_sha256": "a", "val_sha256": "a", "code": "a", "router_code": "a",
-                "measured_by": "a", "repeated": "yes", "block_size": 16, "batch_size": 1,
+                "measured_by": "a", "outdated": "no", "block_size": 16, "batch_size": 1,
                 "gradient_accumulation_steps": 1, "eval_tokens": 64, "history": "none",
                 "out_dir": f"out/{seed}"} | settings
     return {"router": settings["router"], "seed": seed, "step": step, "perplexity": perplexity,
@@ -1352,21 +1352,21 @@ def test_runs_of_one_name_that_differ_in_the_seed_alone_are_one_group_and_no_cop
 
 
 @pytest.mark.parametrize("change", [
-    {"data_sha256": "b"}, {"code": "b"}, {"repeated": "no"}, {"step": 3}, {"top_k": 4},
+    {"data_sha256": "b"}, {"code": "b"}, {"outdated": "yes"}, {"step": 3}, {"top_k": 4},
     {"measured_by": "b"}, {"tokens": 4096}, {"val_tokens": 64}, {"val_sha256": "b"},
     {"eval_tokens": 32},
     {"history": "max_iters was 3 until step 3"}])
 def test_other_data_length_or_settings_are_another_group_and_a_line_says_so(change):
     groups = analyze.group_runs({"aux-1": a_run(), "aux-2": a_run(seed=2, **change)})
     (name, value), = change.items()
-    mark = {"repeated": " (not repeated)", "step": " (unfinished)"}.get(name, "")
+    mark = {"outdated": " (outdated)", "step": " (unfinished)"}.get(name, "")
     assert [group.label for group in groups] == ["aux-1", "aux-2" + mark]  # not both `aux`
     line = analyze.differing_settings(groups)
-    shown = {"step": "steps done", "tokens": "tokens seen",
-             "val_tokens": "validation tokens"}.get(name, name)
+    shown = {"step": "steps done", "tokens": "tokens measured",
+             "val_tokens": "tokens evaluated"}.get(name, name)
     assert re.search(rf"{shown} .+ \(aux-1\), {value} \(aux-2{re.escape(mark)}\)", line)
-    assert ("So perplexity and token" in line) == (name in ("val_sha256", "val_tokens"))
-    assert ("So token information, " in line) == (name == "tokens")
+    assert ("So perplexity, " in line) == (name in ("val_sha256", "val_tokens"))
+    assert ("Token information, " in line) == (name in ("val_sha256", "tokens"))
 
 
 def test_groups_look_different_in_colour_or_marker_however_many_there_are():
@@ -1405,7 +1405,7 @@ def test_differences_in_perplexity_are_paired_by_seed():
     ({"router": "mine", "router_code": "b"}, True), ({"router_code": "b", "top_k": 4}, False),
     ({"top_k": 4, "tokens": 4096}, True),
     ({"router": "none", "top_k": 4}, False), ({"block_size": 32}, False)])  # another text
-def test_groups_that_differ_in_one_thing_are_compared_and_a_router_with_its_code_is_one(
+def test_groups_that_differ_in_one_thing_are_compared_and_a_router_with_its_code_is_one_thing(
         change, compared):
     runs = {f"{name}-{seed}": a_run(seed=seed, **settings)
             for name, settings in (("a", {}), ("b", change)) for seed in (1, 2)}
@@ -1580,7 +1580,7 @@ def test_a_bug_in_an_own_router_leaves_out_its_run_with_a_traceback(
     assert "| aux-1 | aux |" in printed.out
 
 
-def test_a_run_that_the_code_does_not_repeat_and_one_that_changed_are_named_and_home_is_found(
+def test_an_outdated_run_and_one_that_changed_are_named_and_the_home_folder_is_found(
         workplace, tmp_path, monkeypatch, capsys):
     shutil.copytree(workplace / "out/lossfree-1", tmp_path / "more")
     shutil.copytree(workplace / "out/aux-1", tmp_path / "shifted")
@@ -1598,14 +1598,14 @@ def test_a_run_that_the_code_does_not_repeat_and_one_that_changed_are_named_and_
     analyze_in(workplace, "out/aux-1", "out/lossfree-1", "~/more", "~/shifted", "--tokens=64",
                "--out_dir=~/it")
     out, err = capsys.readouterr()
-    assert re.findall(r"^(\S+) is not repeated: the code", out, re.MULTILINE) == [
+    assert re.findall(r"^(\S+) is outdated: the code", out, re.MULTILINE) == [
         "lossfree-1", "more", "shifted"] and err == ""
     changes = f"max_iters was 6 until step 6, code was {now['code']} until step 6."
     assert f"more changed on its way: {changes}" in out
     assert "aux-1 changed" not in out
     runs = json.loads((tmp_path / "it/metrics.json").read_text())
-    assert analyze.group_runs(runs)[1].label == "lossfree-1 (not repeated)"
-    assert "lossfree-1 (not repeated), shifted (not repeated)), edited (more" in out
+    assert analyze.group_runs(runs)[1].label == "lossfree-1 (outdated)"
+    assert "lossfree-1 (outdated), shifted (outdated)), edited (more" in out
     # an edit may have changed gradients and nothing else
     assert [run["unrouted_gradient_share"] is None for run in runs.values()] == [
         False, False, True, False]
@@ -2006,7 +2006,7 @@ def test_the_readmes_router_trains_and_goes_on_and_is_analyzed_by_the_commands_t
     Path("my_router.py").write_text(code)
     # the table has a dash
     done = python("analyze.py", "out/my_router", env={"PYTHONIOENCODING": "ascii"})
-    assert "is not repeated" not in done.stdout  # a comment changes no number
+    assert "is outdated" not in done.stdout  # a comment changes no number
     metrics = json.loads(Path("out/analysis/metrics.json").read_text())["my_router"]
     assert metrics["unrouted_gradient_share"] is None and metrics["perplexity"] > 0
     Path("my_router.py").unlink()

@@ -348,10 +348,10 @@ def train(raw_model, optimizer, step: int, about: dict, data, lock_file, machine
     start, start_step = time.perf_counter(), step  # from here tokens_per_s is measured
     stop = False
     bar = tqdm(total=c.max_iters, initial=step, unit="step",
-               disable=None if rank == 0 else True)  # None: on a terminal only
+               disable=None if rank == 0 else True)  # None: shown on a terminal only
     with bar, stop_requests() as signals:
         while step < c.max_iters and not stop:
-            # batch: a pure function of seed, step, micro-step and rank
+            # batch: a pure function of seed, step and the micro-step's number over all processes
             step += 1
             batches = [get_batch(data, "train", seed=c.seed, step=step, micro_step=i, rank=rank,
                                  world_size=world_size, device=device, batch_size=c.batch_size,
@@ -400,7 +400,7 @@ def train(raw_model, optimizer, step: int, about: dict, data, lock_file, machine
                     if stop or step == c.max_iters:
                         raise
                     problem = f"\nnot saved: {error} The next evaluation tries again."
-                if evaluating:  # a line that could not be added needs no word: the next save does
+                if evaluating:  # a line that could not be added needs no word: a save adds it
                     numbers = [f"{key} {value:.4g}" for key, value in metrics.items()
                                if isinstance(value, float)]
                     say(f"step {step}, {', '.join(numbers)}{problem}")
@@ -566,16 +566,16 @@ def bench(c: TrainConfig) -> None:
         return Timer("function()", globals={"function": function},
                      num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=3).median
 
-    model = make_model(c, device)
-    run = compiled(model) if c.compile else model
-    optimizer = make_optimizer(model, c)
+    raw_model = make_model(c, device)
+    model = compiled(raw_model) if c.compile else raw_model
+    optimizer = make_optimizer(raw_model, c)
     size = (c.gradient_accumulation_steps, 2, c.batch_size, c.block_size)
     batches = list(torch.randint(c.vocab_size, size, device=device))  # x and y (B, T) each
-    step = lambda: train_step(run, model.routers(), optimizer, batches, autocast, c)
+    one_step = lambda: train_step(model, raw_model.routers(), optimizer, batches, autocast, c)
     start = time.perf_counter()
-    step().tolist()  # compiles; tolist() waits for a GPU
+    one_step().tolist()  # compiles; tolist() waits for a GPU
     first = time.perf_counter() - start
-    t = seconds(step)
+    t = seconds(one_step)
     hardware, memory = f"CPU, {torch.get_num_threads()} threads", ""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name()
@@ -585,9 +585,9 @@ def bench(c: TrainConfig) -> None:
     dense = 2 * n**3 / seconds(lambda: a @ b)
 
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
-    flops = tokens * model.flops_per_token() / t
+    flops = tokens * raw_model.flops_per_token() / t
     peak = peak_flops(device, dtype)
-    n_total, n_active = model.num_params()
+    n_total, n_active = raw_model.num_params()
     print(f"{hardware}, torch {torch.__version__}, {dtype}{', compiled' if c.compile else ''}")
     print(f"{c.config}, {c.router}: {n_total / 1e6:.1f}M parameters, {n_active / 1e6:.1f}M active, "
           f"{tokens:,} tokens a step")
