@@ -105,7 +105,7 @@ def observe_run(folder: Path, n_tokens: int, device: str) -> Observed:
         shares *= math.nan
     tokens, layers = observe_layers(
         model, tqdm(batches(n_tokens), folder.name, **BAR), evaluation["load"].to(device), shares)
-    # runs are averaged over seeds only if this is equal, less what experiment() leaves out. A field
+    # runs are averaged over seeds if these are equal, but for what experiment() leaves out. A field
     # that is newer than the run has its default, as in the model
     settings = vars(c) | config | code | {
         "outdated": "no" if repeated else "yes",
@@ -351,7 +351,7 @@ OTHER_STYLES = (  # of further groups; 6 colours, 4 lines and 7 markers in turns
 
 
 class Group(NamedTuple):
-    """Runs called NAME-SEED that differ in the seed alone: one line, one point, one colour."""
+    """One run, or several called NAME-SEED that differ in the seed alone: one line, one colour."""
     label: str
     runs: list[dict]  # the metrics of each
     style: dict       # color, linestyle, marker
@@ -453,8 +453,9 @@ def markdown_table(rows: list[tuple[str, list[dict]]]) -> str:
 def differing_settings(groups: list[Group]) -> str:
     """One line that names every setting in which the groups differ, but for the router."""
     found = differing(groups)
-    parts = [f"{key} " + ", ".join(f"{value} ({', '.join(labels)})" for value, labels in of.items())
-             for key, of in found.items() if key != "router"]
+    parts = [f"{key} " + ", ".join(f"{value} ({', '.join(labels)})"
+                                   for value, labels in values.items())
+             for key, values in found.items() if key != "router"]
     line = f"Settings that differ: {'; '.join(parts) or 'none but router or seed'}."
     if OTHER_TEXT & found.keys():
         line += " So perplexity, of other text or windows, is not comparable."
@@ -465,8 +466,8 @@ def differing_settings(groups: list[Group]) -> str:
 
 def paired_differences(groups: list[Group]) -> list[str]:
     """By how many per cent the later group's perplexity is above the earlier's, paired by seed:
-    mean ± standard error, for each two groups that share seeds and differ in one setting at
-    most."""
+    mean ± standard error, for each two groups that share seeds and text and differ in one setting
+    at most."""
     lines = []
     for earlier, later in combinations(groups, 2):
         percent = [100 * (x["perplexity"] / y["perplexity"] - 1)
@@ -487,7 +488,7 @@ def paired_differences(groups: list[Group]) -> list[str]:
 # Each function in FIGURES draws on `fig`, and nothing where there is nothing to draw. The title
 # there says how the figure is read, whatever the runs show.
 
-CHANCE = dict(color="0.35", linestyle=(0, (1, 1)), linewidth=1.5)
+DOTTED = dict(color="0.35", linestyle=(0, (1, 1)), linewidth=1.5)
 
 
 def draw_line(ax, group: Group, x, values: np.ndarray) -> None:
@@ -519,7 +520,7 @@ def draw_points(ax, groups: list[Group], key: str, label: str, dotted: str) -> N
         ax.plot(values.mean(), y, group.style["marker"], color=group.style["color"])
         ax.text(1.02, y, f"{values.mean():.3g}", va="center", fontsize=8,
                 transform=ax.get_yaxis_transform())
-        ax.plot([group.mean(dotted)] * 2, [y - 0.5, y + 0.5], **CHANCE)
+        ax.plot([group.mean(dotted)] * 2, [y - 0.5, y + 0.5], **DOTTED)
     ax.locator_params("x", nbins=5)
     ax.set(xlabel=label, ylim=(len(groups) - 0.4, -0.6))
     ax.set_yticks(range(len(groups)), [group.label for group in groups], fontsize=9)
@@ -541,7 +542,7 @@ def draw_coupling(fig, groups) -> None:
     for group in groups:
         values = group.values("coupling_by_rank")                        # (seeds, E)
         draw_line(ax, group, range(1, values.shape[1] + 1), values)
-    ax.axhline(1, **CHANCE, label="average, as if score and activation were unrelated")
+    ax.axhline(1, **DOTTED, label="average, as if score and activation were unrelated")
     ax.locator_params("x", integer=True)
     ax.set(xlabel="rank of the expert for a token by the router's score (1: the highest)",
            ylabel="activation of the expert, ||W_gate x||\n(1: its average over all tokens)")
@@ -554,7 +555,7 @@ def draw_load(fig, groups) -> None:
         values = group.values("load_sorted")                             # (seeds, E)
         E = values.shape[1]
         draw_line(left, group, range(1, E + 1), E * values - 1)
-    left.axhline(0, **CHANCE, label="even load")
+    left.axhline(0, **DOTTED, label="even load")
     left.set_yscale("symlog", linthresh=0.1)  # shows a collapse and a balanced load alike
     left.margins(y=0.1)
     plain_numbers(left.yaxis)
@@ -596,7 +597,7 @@ def draw_common_mode(fig, groups) -> None:
         left, right = fig.subplots(1, 2)
         for group in logged:
             draw_curve(left, group, "router_similarity")
-            left.axhline(group.mean("router_similarity_chance"), **CHANCE)
+            left.axhline(group.mean("router_similarity_chance"), **DOTTED)
         left.set(ylabel="mean |cosine| of router directions\n(dotted: chance)", ylim=0)
         add_legend(fig, left)
     else:
@@ -625,7 +626,7 @@ def draw_training(fig, groups) -> None:
     left.set(ylabel="validation perplexity")
     middle.set(ylabel="Std of the load / even load")
     right.set(ylabel="Spearman of score and activation")
-    right.axhline(0, **CHANCE)
+    right.axhline(0, **DOTTED)
     # are the evaluations before the last one on different texts?
     other_text = {"val_sha256", "block_size", "eval_tokens"} & differing(groups).keys()
     for ax in (left, middle):
@@ -663,7 +664,7 @@ def draw_experts(fig, groups) -> None:
     ax = fig.add_subplot(grid[:, 1])
     colors = expert_colors(last.runs[0]["n_expert"])
     ax.set(xlim=(0, 34), ylim=(len(colors), 0))
-    ax.set_title(f"{last.title()}: tokens\nmost above each expert's share",
+    ax.set_title(f"{last.title()}: what\neach expert gets beyond its share",
                  fontsize=10, loc="left")
     for expert, (color, texts) in enumerate(zip(colors, last.runs[0]["favourite_tokens"])):
         ax.barh(expert + 0.5, 3, 0.92, color=color)
@@ -734,7 +735,7 @@ def find_mixtures(model) -> list[Mixture]:
             continue
         # its rows are first those of w_gate and then those of w_up, or both in turns (gpt_oss)
         first_half, every_second = slice(gate_up.shape[1] // 2), slice(0, None, 2)
-        gate = first_half if getattr(experts, "is_concatenated", True) else every_second
+        gate_rows = first_half if getattr(experts, "is_concatenated", True) else every_second
         b_gate_up = own.get("gate_up_proj_bias", gate_up.new_zeros(gate_up.shape[:2])).detach()
         beside = dict(model.get_submodule(name.rpartition(".")[0]).named_parameters())
         for key, weight in beside.items():  # many call their router "gate"
@@ -742,8 +743,8 @@ def find_mixtures(model) -> list[Mixture]:
                 bias = beside.get(key.removesuffix("weight") + "bias", weight.new_zeros(E))
                 depth = re.search(r"\d+", name)
                 found.append(Mixture(int(depth[0]) if depth else len(found), experts,
-                                     weight.detach(), bias.detach(), gate_up[:, gate],
-                                     b_gate_up[:, gate]))
+                                     weight.detach(), bias.detach(), gate_up[:, gate_rows],
+                                     b_gate_up[:, gate_rows]))
     return found
 
 
@@ -788,8 +789,8 @@ def load_hf(folder: Path, dtype: str) -> tuple:
 
 
 def read_sequences(tokenizer, path: str | None, n_tokens: int, longest: int) -> Tensor:
-    """-> ids (B, T + 1): sequences of one length T, `longest` if the text is long enough, evenly
-    spaced in a text file (None: in the validation documents of the data set stdlib)."""
+    """-> ids (B, T + 1): sequences of one length T, at most `longest`, evenly spaced in a text file
+    (None: in the validation documents of the data set stdlib)."""
     if path:
         corpus = "".join(read_text(os.path.expanduser(path)))
     else:
@@ -824,8 +825,8 @@ def observe_hf(folder: Path, text: str | None, n_tokens: int, device: str, dtype
     loss = 0.0
     with watch([mixture.experts for mixture in mixtures]) as seen:
         for sequence in tqdm(ids.to(device), folder.name, **BAR):        # (T + 1)
-            logits = model(sequence[None, :-1], use_cache=False).logits[0]  # (T, V)
-            loss += F.cross_entropy(logits.float(), sequence[1:], reduction="sum").item()
+            output = model(sequence[None, :-1], use_cache=False).logits[0]  # (T, V)
+            loss += F.cross_entropy(output.float(), sequence[1:], reduction="sum").item()
     if not all(len(call) == 4 for calls in seen for call in calls):
         raise ValueError("its experts are not called with hidden states, selection and gates: how "
                          "it routes is not known here.")
@@ -911,12 +912,12 @@ def read_metrics(path: Path) -> dict[str, dict]:
 def read_or_measure(source: Path, args: argparse.Namespace) -> dict[str, dict]:
     """-> {name: metrics} of what a metrics.json holds, or of one run or --hf model, which is no
     longer in memory when the next one comes."""
-    folder = Path(os.path.expanduser(source))
-    if folder.suffix == ".json":
-        return read_metrics(folder)
-    observed = (observe_hf(folder, args.text, args.tokens, args.device, args.dtype)
-                if source in args.hf else observe_run(folder, args.tokens, args.device))
-    return {Path(os.path.abspath(folder)).name: measure(observed)}
+    path = Path(os.path.expanduser(source))
+    if path.suffix == ".json":
+        return read_metrics(path)
+    observed = (observe_hf(path, args.text, args.tokens, args.device, args.dtype)
+                if source in args.hf else observe_run(path, args.tokens, args.device))
+    return {Path(os.path.abspath(path)).name: measure(observed)}
 
 
 def collect(sources: list[Path], args: argparse.Namespace) -> dict[str, dict]:

@@ -124,8 +124,8 @@ def find_files(root, glob, skip=frozenset()):
 
 
 def read_text(path):
-    """Yields the text of a UTF-8 file in parts of PIECE characters, each prolonged to a line end,
-    but not beyond twice its length."""
+    """Yields the text of a UTF-8 file in pieces of PIECE characters, each prolonged to a line end,
+    to at most 2 * PIECE."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
             while text := file.read(PIECE) + file.readline(PIECE):
@@ -401,7 +401,7 @@ def mistake(error):
 @contextmanager
 def replacing(path):
     """Yields a temporary name to write to, then renames that file to `path`: whatever happens,
-    what lies at `path` is whole. OSError: names `path`; a full disk's own names none."""
+    what lies at `path` is whole. Its OSError names `path`; that of a full disk names none."""
     temporary = path.with_suffix(".tmp")
     try:
         yield temporary
@@ -409,7 +409,7 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as such a RuntimeError
+        # torch.save reports a full disk as a RuntimeError that names this file of its own
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or "no room on the disk?"
@@ -452,7 +452,8 @@ def main(argv):
                         help="bytes, or a tiktoken encoding such as gpt2 (default: %(default)s)")
     parser.add_argument("--val_fraction", type=float, default=0.05, metavar="F", help="share of "
                         "the documents, or of a single file, in val.bin (default: %(default)s)")
-    parser.add_argument("--name", help="folder in data/ (default: named after the data set)")
+    parser.add_argument("--name", help="folder in data/, for train.py's --dataset (default: named "
+                        "after the data set)")
     parser.add_argument("--glob", help="which files of a folder, by name, for example '*.md'")
     parser.add_argument("--max_tokens", type=int, metavar="N",
                         help="stop at N tokens, both files together (--val_fraction is "

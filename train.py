@@ -60,7 +60,7 @@ class TrainConfig(Config):
     max_iters: int = 1200                 # optimizer steps
     eval_interval: int = 200              # steps from one evaluation and checkpoint to the next
     eval_tokens: int = 16384              # validation tokens in an evaluation, always the same ones
-    final_eval_tokens: int = 524288       # in the last evaluation; stdlib has 420k, so all of them
+    final_eval_tokens: int = 524288       # in that at max_iters; stdlib has 420k, so all of them
     log_interval: int = 10                # steps from one line of the log to the next
     learning_rate: float = 1e-3           # after the warm-up; a cosine takes it down to a tenth
     warmup_iters: int = 100               # steps of linear warm-up; at most half of all steps
@@ -295,7 +295,7 @@ def evaluate(model, data, n_tokens: int, machine: Machine, c: TrainConfig) -> tu
 
 def begin(c: TrainConfig, data, machine: Machine) -> tuple:
     """Starts a run, or goes on with the checkpoint in out_dir -> (model, optimizer, step, about:
-    what each checkpoint says of the run, its settings, log, hashes, and later its evaluation)."""
+    what each checkpoint says of the run: settings, log, history of changes, hashes, evaluation)."""
     code = code_of(c.router)
     config = asdict(c) | {"dtype": str(machine.dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
@@ -375,9 +375,9 @@ def train(raw_model, optimizer, step: int, about: dict, data, lock_file, machine
             check_finite(raw_model, step, Path(c.out_dir, "ckpt.pt"))  # this waits for the device
             train_loss, aux_loss = (sum_over_processes(losses) / world_size).tolist()
             speed = (step - start_step) * tokens / (time.perf_counter() - start)
-            flops = speed * raw_model.flops_per_token()
+            rate = speed * raw_model.flops_per_token()  # FLOP/s
             record = {"step": step, "train_loss": train_loss, "aux_loss": aux_loss, "lr": lr,
-                      "tokens_per_s": speed, "mfu": flops / (peak * world_size) if peak else None}
+                      "tokens_per_s": speed, "mfu": rate / (peak * world_size) if peak else None}
             bar.set_postfix(loss=f"{train_loss:.3f}")
             if evaluating:
                 # the model that is not compiled: evaluation is rare, and need not compile again
@@ -582,18 +582,19 @@ def bench(c: TrainConfig) -> None:
         memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    dense = 2 * n**3 / seconds(lambda: a @ b)
+    dense_rate = 2 * n**3 / seconds(lambda: a @ b)  # FLOP/s
 
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
-    flops = tokens * raw_model.flops_per_token() / t
+    rate = tokens * raw_model.flops_per_token() / t
     peak = peak_flops(device, dtype)
     n_total, n_active = raw_model.num_params()
     print(f"{hardware}, torch {torch.__version__}, {dtype}{', compiled' if c.compile else ''}")
     print(f"{c.config}, {c.router}: {n_total / 1e6:.1f}M parameters, {n_active / 1e6:.1f}M active, "
           f"{tokens:,} tokens a step")
     print(f"{t * 1e3:.1f} ms a step ({first:.1f} s the first), {tokens / t:,.0f} tokens/s, "
-          f"{flops / 1e12:.3f} TFLOP/s, MFU {f'{flops / peak:.1%}' if peak else 'unknown'}")
-    print(f"{dense / flops:.2f} x the time of dense {n} x {n} products of the same FLOPs{memory}")
+          f"{rate / 1e12:.3f} TFLOP/s, MFU {f'{rate / peak:.1%}' if peak else 'unknown'}")
+    print(f"{dense_rate / rate:.2f} x the time of dense {n} x {n} products of the same "
+          f"FLOPs{memory}")
 
 
 # ---------------------------------------------------------------- command line
