@@ -340,8 +340,8 @@ COLUMNS = {  # header: keys
     "alignment matched (mismatched)": ("alignment_matched", "alignment_mismatched"),
     "token information, bits (ceiling)": ("token_information", "expert_entropy"),
     "unrouted gradient share": ("unrouted_gradient_share",)}
-# where these differ, perplexities are of different texts
-OTHER_TEXT = {"val_sha256", "block_size", "tokens evaluated"}
+# where these differ, two runs were read different texts, or other windows of one
+OTHER_TEXT = {"val_sha256", "block_size"}
 ROUTER_STYLES = {  # colour (Okabe-Ito), line, marker: each tells them apart, in grey too
     "aux": ("#E69F00", "--", "s"), "lossfree": ("#0072B2", "-", "o"),
     "kmeans": ("#009E73", "-.", "^"), "none": ("#000000", ":", "D")}
@@ -457,9 +457,9 @@ def differing_settings(groups: list[Group]) -> str:
                                    for value, labels in values.items())
              for key, values in found.items() if key != "router"]
     line = f"Settings that differ: {'; '.join(parts) or 'none but router or seed'}."
-    if OTHER_TEXT & found.keys():
+    if (OTHER_TEXT | {"tokens evaluated"}) & found.keys():
         line += " So perplexity, of other text or windows, is not comparable."
-    if {"val_sha256", "block_size", "tokens measured"} & found.keys():
+    if (OTHER_TEXT | {"tokens measured"}) & found.keys():
         line += " Token information, of other text or another number of tokens, is not comparable."
     return line
 
@@ -477,7 +477,8 @@ def paired_differences(groups: list[Group]) -> list[str]:
             "outdated", "measured_by", "tokens measured"}
         if "router" in different:  # a router of your own is a name and its code
             different -= {"router_code"}
-        if len(percent) > 1 and len(different) <= 1 and not different & OTHER_TEXT:
+        other_text = (OTHER_TEXT | {"tokens evaluated"}) & different
+        if len(percent) > 1 and len(different) <= 1 and not other_text:
             error = np.std(percent, ddof=1) / math.sqrt(len(percent))
             lines.append(f"perplexity, {later.label} - {earlier.label}: {np.mean(percent):+.2f} ± "
                          f"{error:.2f} % (paired by seed, n = {len(percent)})")
@@ -628,7 +629,7 @@ def draw_training(fig, groups) -> None:
     right.set(ylabel="Spearman of score and activation")
     right.axhline(0, **DOTTED)
     # are the evaluations before the last one on different texts?
-    other_text = {"val_sha256", "block_size", "eval_tokens"} & differing(groups).keys()
+    other_text = (OTHER_TEXT | {"eval_tokens"}) & differing(groups).keys()
     for ax in (left, middle):
         ax.set_yscale("log")
         plain_numbers(ax.yaxis)

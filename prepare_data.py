@@ -54,6 +54,8 @@ def encode(tokenizer, text):
     try:
         return tokenizer.encode_to_numpy(text, disallowed_special=())
     except ValueError:  # tiktoken's regex gives up on a run of a million spaces: halve it
+        if len(text) < 2:  # half of a surrogate pair cannot be encoded
+            raise
         half = len(text) // 2
         return np.concatenate([encode(tokenizer, text[:half]), encode(tokenizer, text[half:])])
 

@@ -1087,6 +1087,7 @@ def test_stdlib_is_the_source_of_the_standard_library_without_tests_and_python_a
     stdlib, python = map(prepare_data.open_corpus, ("stdlib", "python"))
     names = {path.relative_to(sysconfig.get_path("stdlib")).as_posix() for path in stdlib}
     assert {"argparse.py", "json/decoder.py"} <= names
+    assert sum(path.stat().st_size for path in stdlib) > 5e6
     assert not {part for name in names for part in name.split("/")} & {"test", "site-packages"}
     assert set(python) == {*stdlib, tmp_path / "site-packages/theirs.py"}
 
@@ -1112,8 +1113,10 @@ def test_a_vocabulary_above_65536_is_stored_as_uint32(tmp_path, monkeypatch):
 
 
 def test_max_tokens_bounds_both_splits_together_and_a_cut_document_counts(tmp_path, capsys):
-    prepared(tmp_path, {"a.txt": "line\n" * 500}, max_tokens=100)
+    prepared(tmp_path / "one", {"a.txt": "line\n" * 500}, max_tokens=100)
     assert "95 train and 5 val tokens of 1 and 1 documents" in capsys.readouterr().out
+    data = open_dataset(prepared(tmp_path, many(200), val_fraction=0.1, max_tokens=600), 8, 320)
+    assert (len(data.train), len(data.val)) == (540, 60)
 
 
 @pytest.mark.parametrize("failure, code, words", [
@@ -1292,6 +1295,7 @@ def test_alignment_is_that_with_the_top_right_singular_vector_not_with_the_mean_
     # the first direction lies half way between the vectors of its own expert and of the second
     assert matched.item() == pytest.approx((3 + 0.5**0.5) / 4)
     assert mismatched.item() == pytest.approx(0.5**0.5 / 12, abs=1e-6)
+    assert analyze.alignment(rows[:1], w_gate[:1])[1].isnan()
 
 
 def test_unrouted_gradient_share_of_a_hand_made_gradient():
@@ -1450,12 +1454,34 @@ def test_activations_are_norms_over_neurons_before_and_after_the_silu_and_of_the
     torch.testing.assert_close(shifted[:, 3], (a + 1).norm(dim=1))
 
 
-def test_where_no_gradient_reaches_the_logits_there_is_no_share(monkeypatch):
-    model = make_model(router="aux").eval()
-    for router in model.routers():
+class OwnRouter(ROUTERS["aux"]):
+    """The same router, but its parameter is not called `weight`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rows = self._parameters.pop("weight")
+
+    directions = property(lambda self: self.rows)
+
+    def score(self, x):
+        logits = x @ self.rows.t()
+        return logits, logits.softmax(-1)
+
+
+def test_an_own_routers_gradient_is_measured_whatever_its_parameter_is_called(monkeypatch):
+    monkeypatch.setitem(ROUTERS, "own", OwnRouter)
+    own, aux = make_model(router="own").eval(), make_model(router="aux").eval()
+    for mine, other in zip(own.parameters(), aux.parameters()):
+        mine.data.copy_(other.data)
+    assert torch.equal(*(analyze.gradient_shares(model, *tokens()) for model in (own, aux)))
+    for router in own.routers():  # rows that no gradient moves
+        router.rows.requires_grad_(False)
+    assert analyze.gradient_shares(own, *tokens()).isnan().all()
+    for router in own.routers():  # nor logits that no gradient reaches
+        router.rows.requires_grad_(True)
         monkeypatch.setattr(router, "score", lambda x, score=router.score: tuple(
             value.detach() for value in score(x)))
-    assert analyze.gradient_shares(model, *tokens()).isnan().all()
+    assert analyze.gradient_shares(own, *tokens()).isnan().all()
 
 
 # ---------------------------------------------------------------- the command, end to end
@@ -1604,6 +1630,7 @@ def test_an_outdated_run_and_one_that_changed_are_named_and_the_home_folder_is_f
     assert f"more changed on its way: {changes}" in out
     assert "aux-1 changed" not in out
     runs = json.loads((tmp_path / "it/metrics.json").read_text())
+    assert not (workplace / "~").exists()
     assert analyze.group_runs(runs)[1].label == "lossfree-1 (outdated)"
     assert "lossfree-1 (outdated), shifted (outdated)), edited (more" in out
     # an edit may have changed gradients and nothing else

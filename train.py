@@ -300,7 +300,7 @@ def begin(c: TrainConfig, data, machine: Machine) -> tuple:
     config = asdict(c) | {"dtype": str(machine.dtype).removeprefix("torch."),  # what auto came to
                           "resume": False, "overwrite": False}
     about = dict(config=config, log=[], history=[], sha256=data.meta["sha256"],
-                tokenizer=data.meta["tokenizer"]["name"], **code)
+                 tokenizer=data.meta["tokenizer"]["name"], **code)
     if not c.resume:
         model = make_model(c, machine.device)  # the same on every rank
         return model, make_optimizer(model, c), 0, about
@@ -519,7 +519,7 @@ def save(out_dir: Path, about: dict, model, optimizer, step: int) -> None:
     log.jsonl, a copy of the log in it."""
     with replacing(out_dir / "ckpt.pt") as temporary:
         torch.save(about | dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                               step=step, rng=torch.get_rng_state()), temporary)
+                                step=step, rng=torch.get_rng_state()), temporary)
     write_log(out_dir, about["log"])
 
 
